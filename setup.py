@@ -1,0 +1,24 @@
+"""Packaging: everything is read from settings.ini, nbdev's single place for names, versions and requirements."""
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+parser = ConfigParser(delimiters=["="], interpolation=None)
+parser.read(root / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+readme = root / "README.md"
+
+setup(
+    name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
+    author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license="Apache-2.0",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["aasp_nb", "aasp_nb.*"]), include_package_data=True,
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg.get("console_scripts", "").split(),
+                  "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    zip_safe=False,
+)
