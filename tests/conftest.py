@@ -1,0 +1,53 @@
+"""What all tests share: the --full switch, the real-audio folder, and a count of the tests that used it."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+_real = {"ran": 0}
+
+
+def real_data_root() -> Path | None:
+    "The folder of labelled audio: AASP_DATA, or a `shared/data` folder beside the checkout where there is one."
+    for place in (os.environ.get("AASP_DATA"), ROOT.parent / "shared" / "data"):
+        if place and Path(place).is_dir(): return Path(place)
+    return None
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the long tests too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs only with --full")
+    config.addinivalue_line("markers", "data: needs real audio (AASP_DATA)")
+    config.addinivalue_line("markers", "cuda: needs a GPU")
+    config.addinivalue_line("markers", "browser: needs chromium")
+
+
+def pytest_collection_modifyitems(config, items):
+    import torch
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--full"):
+            item.add_marker(pytest.mark.skip(reason="SKIPPED: slow, run with --full (make test-full)"))
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="SKIPPED: no GPU"))
+
+
+@pytest.fixture
+def real_data() -> Path:
+    "Root of the real labelled audio; the test is skipped, loudly, where there is none."
+    root = real_data_root()
+    if root is None: pytest.skip("SKIPPED: no real audio; set AASP_DATA")
+    _real["ran"] += 1
+    return root
+
+
+def pytest_sessionfinish(session, exitstatus):
+    (ROOT / "out").mkdir(exist_ok=True)
+    (ROOT / "out" / ".real_audio_tests").write_text(str(_real["ran"]))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not _real["ran"]: terminalreporter.write_line("NO real-audio test ran (set AASP_DATA)")
