@@ -107,13 +107,15 @@ def _span(frames, rate, offset, duration, name):
 # %% ../nbs/00_audio.ipynb #28728640
 def _decode(f, name, start, count):
     "`count` frames from `start` as float32 [frames, channels], or `AudioError`."
+    lead = min(start, 11520 if f.format in ("MP3", "MPEG") else 0)      # ten mp3 frames of 1152 samples
     try:
-        if start: f.seek(start)
-        data = f.read(count, dtype="float32", always_2d=True)
+        if start: f.seek(start - lead)
+        data = f.read(lead + count, dtype="float32", always_2d=True)[lead:]
     except (sf.SoundFileError, RuntimeError, OSError) as e:
         raise AudioError(f"{name}: damaged while decoding ({e}); copy it again or leave it out") from e
     if len(data) < count:
-        raise AudioError(f"{name}: truncated, {len(data)} of {count} frames could be decoded; copy it again or leave it out")
+        raise AudioError(f"{name}: truncated, {len(data)} of {count} frames could be decoded; "
+                         "copy it again or leave it out")
     return torch.from_numpy(data)
 
 # %% ../nbs/00_audio.ipynb #8585ad0c
@@ -178,8 +180,8 @@ class LogMel(nn.Module):
         if not floor > 0: raise AudioError(f"floor must be positive, got {floor}")
         self.sample_rate, self.n_fft, self.hop_length = _check_rate(sample_rate, "sample_rate"), n_fft, hop_length
         self.n_mels, self.floor, self.log_floor = n_mels, floor, math.log(floor)
-        self.frame_rate = sample_rate / hop_length
         self.spec = _mel_spectrogram(self.sample_rate, n_fft, win_length, hop_length, n_mels, f_min, f_max)
+        self.frame_rate = sample_rate / hop_length
 
     def forward(self,
         waveform: torch.Tensor, # [B, S] or [S], floating point
