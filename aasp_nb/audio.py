@@ -238,12 +238,17 @@ def highpass_taps(
     return h / (h * torch.cos(math.pi * m)).sum()
 
 # %% ../nbs/00_audio.ipynb #441fdc52
+_BLOCK = 32 # outputs per row of the banded product
+
 @lru_cache(maxsize=32)
-def _two_pass_taps(cutoff, num_taps, dtype, device):
-    "h * h, the filter run forward and backward: [2 * num_taps - 1], kept (never as an inference tensor)."
-    with torch.inference_mode(False), torch.no_grad():
+def _two_pass_matrix(cutoff, num_taps, dtype, device):
+    "h * h (the filter run forward and backward) as columns: [_BLOCK + 2 num_taps - 2, _BLOCK]."
+    with torch.inference_mode(False), torch.no_grad():              # kept between calls: never an inference tensor
         h = highpass_taps(cutoff, num_taps)
-        return F.conv1d(h[None, None], h[None, None], padding=num_taps - 1)[0, 0].to(device, dtype)
+        g = F.conv1d(h[None, None], h[None, None], padding=num_taps - 1)[0, 0]
+        matrix = torch.zeros(_BLOCK + len(g) - 1, _BLOCK, dtype=torch.float64)
+        for j in range(_BLOCK): matrix[j:j + len(g), j] = g
+        return matrix.to(device, dtype)
 
 # %% ../nbs/00_audio.ipynb #a24bdd1f
 def zero_phase_highpass(
@@ -254,12 +259,12 @@ def zero_phase_highpass(
     "High-pass along the last axis, forward and backward: one symmetric FIR of 2 * num_taps - 1 taps (paper, section III)."
     if not torch.is_floating_point(x): raise AudioError(f"x must be floating point, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] == 0: raise AudioError(f"x must be [..., T] with T >= 1, got {tuple(x.shape)}")
-    dtype = torch.promote_types(x.dtype, torch.float32)      # half precision would lose the small modulation
-    taps, edge = _two_pass_taps(float(cutoff), int(num_taps), dtype, x.device), num_taps - 1
-    with torch.autocast(x.device.type, enabled=False):
-        rows = x.reshape(-1, 1, x.shape[-1]).to(dtype)
-        y = F.conv1d(F.pad(rows, (edge, edge), mode="replicate"), taps[None, None])
-    return y.reshape(x.shape).to(x.dtype)
+    dtype, T, edge = torch.promote_types(x.dtype, torch.float32), x.shape[-1], num_taps - 1
+    matrix = _two_pass_matrix(float(cutoff), int(num_taps), dtype, x.device)
+    with torch.autocast(x.device.type, enabled=False):        # half precision would lose the small modulation
+        rows = F.pad(x.reshape(-1, 1, T).to(dtype), (edge, edge + -T % _BLOCK), mode="replicate")[:, 0]
+        y = rows.unfold(-1, len(matrix), _BLOCK) @ matrix     # [rows, blocks, _BLOCK]
+        return y.flatten(1)[:, :T].reshape(x.shape).to(x.dtype)
 
 # %% ../nbs/00_audio.ipynb #81111737
 def highpass_response(
