@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from .audio import AudioError, load_audio
+from .audio import AudioError, audio_info, load_audio
 
 # %% ../nbs/09_data.ipynb #d48e2593
 def aasp_home(
@@ -233,9 +232,8 @@ class FileReader:
 
     def samples(self, i: int) -> int:  # length of clip `i` in samples at `sr`
         "Length from the file's header; raises `AudioError` if it cannot be read."
-        try: info = sf.info(os.fspath(self.manifest.file(i)))
-        except Exception as e: raise AudioError(f"cannot read {self.manifest.columns['path'][i]!r}: {e}") from e
-        return math.ceil(info.frames * self.sr / info.samplerate)
+        info = audio_info(self.manifest.file(i))
+        return math.ceil(info["frames"] * self.sr / info["sample_rate"])
 
     def read(self,
         i: int,  # clip
