@@ -42,14 +42,16 @@ def _harmonics(cycles, source, top):
 # %% ../nbs/00a_clips.ipynb #571df244
 def _am(t, sr, rates, source, own):
     "A tone whose loudness swings at a rate drawn from `rates`."
-    f, rate, depth, phase = _log_uniform(source, 200, 3000), _log_uniform(own, *rates), own.uniform(0.7, 1.0), own.random()
+    f, rate = _log_uniform(source, 200, 3000), _log_uniform(own, *rates)
+    depth, phase = own.uniform(0.7, 1.0), own.random()
     envelope = 1 - depth * (0.5 + 0.5 * np.cos(2 * np.pi * (rate * t + phase)))
     return envelope * _harmonics(f * t + own.random(), source, 0.45 * sr / f)
 
 # %% ../nbs/00a_clips.ipynb #33cd1c41
 def _fm(t, sr, rates, source, own):
     "A tone whose pitch swings by 1 to 5 semitones at a rate drawn from `rates`."
-    f, rate, swing, phase = _log_uniform(source, 250, 2500), _log_uniform(own, *rates), own.uniform(1, 5) / 12, own.random()
+    f, rate = _log_uniform(source, 250, 2500), _log_uniform(own, *rates)
+    swing, phase = own.uniform(1, 5) / 12, own.random()
     pitch = f * 2 ** (swing * np.sin(2 * np.pi * (rate * t + phase)))
     return _harmonics(np.cumsum(pitch) / sr + own.random(), source, 0.33 * sr / f)
 
@@ -72,8 +74,8 @@ def _convolve(x, kernel):
 def _clicks(t, sr, rates, source, own):
     "Damped clicks at a nearly regular rate."
     f, decay, rate = _log_uniform(source, 500, 5000), _log_uniform(source, 0.003, 0.02), _log_uniform(own, *rates)
-    times = (np.arange(int(rate * len(t) / sr) + 2) + own.random() + own.normal(0, 0.02, int(rate * len(t) / sr) + 2)) / rate
-    place = (times * sr).astype(int)
+    beats = np.arange(int(rate * len(t) / sr) + 2) + own.random()
+    place = ((beats + own.normal(0, 0.02, len(beats))) / rate * sr).astype(int)
     train, ok = np.zeros(len(t)), (place >= 0) & (place < len(t))
     np.add.at(train, place[ok], own.uniform(0.6, 1.0, len(place))[ok])
     ring = np.arange(int(8 * decay * sr)) / sr
@@ -110,7 +112,8 @@ def _pluck(t, sr, rates, source, own):
     return y
 
 # %% ../nbs/00a_clips.ipynb #1e5f58bf
-VOWELS = dict(a=(730, 1090, 2440), e=(530, 1840, 2480), i=(270, 2290, 3010), o=(570, 840, 2410), u=(300, 870, 2240)) # Hz
+VOWELS = dict(a=(730, 1090, 2440), e=(530, 1840, 2480), i=(270, 2290, 3010), # three resonances of each, Hz
+              o=(570, 840, 2410), u=(300, 870, 2240))
 
 # %% ../nbs/00a_clips.ipynb #653e5ad9
 def _formants(f, vowel, size):
