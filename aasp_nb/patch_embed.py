@@ -313,7 +313,12 @@ def hide_masked(
     return cells.reshape(-1, bands, frames)
 
 # %% ../nbs/03_patch_embed.ipynb #a3051f73
-def check_choices(kernel_size=63, highpass_taps=63, phase="even", norm_scope="clip"):
+def check_choices(
+    kernel_size: int = 63, # odd, at least 3
+    highpass_taps: int = 63, # odd, at least 3
+    phase: str = "even", # "even" or "signed"
+    norm_scope: str = "clip", # "clip" or "patch"
+):
     "Raise `ValueError` on a kernel size, number of taps, phase or scope that has no meaning."
     check_kernel_size(kernel_size)
     if highpass_taps < 3 or highpass_taps % 2 == 0:
@@ -471,13 +476,21 @@ class AaPE(nn.Module):
                                  highpass_taps, backend)
         self.fusion = PatchFusion(embed_dim, sblu_dim)
 
-    def grid(self, x: torch.Tensor) -> tuple[int, int]:
-        "(N_f, N_t) of an input [..., F, T]."
-        return self.standard.grid(x)
+# %% ../nbs/03_patch_embed.ipynb #619fb7f2
+@patch
+def grid(self: AaPE,
+    x: torch.Tensor, # [..., F, T]
+) -> tuple[int, int]: # (N_f, N_t)
+    "Patch grid of an input. Raises `ValueError` when it does not fit."
+    return self.standard.grid(x)
 
-    def positions(self, grid: tuple[int, int] | None = None) -> torch.Tensor:
-        "Positions [1, N, D] of a grid (its own when None): cut or interpolated in time."
-        return self.standard.positions(grid)
+# %% ../nbs/03_patch_embed.ipynb #6fae10de
+@patch
+def positions(self: AaPE,
+    grid: tuple[int, int] | None = None, # (N_f, N_t); None: the table's own
+) -> torch.Tensor: # [1, N, D]
+    "Positions of a grid: the fixed table, cut or interpolated in time."
+    return self.standard.positions(grid)
 
 # %% ../nbs/03_patch_embed.ipynb #1a8826cb
 @patch
