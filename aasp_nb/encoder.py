@@ -12,7 +12,8 @@ from fastcore.basics import patch
 from timm.layers import Attention, DropPath, Mlp
 from torch import nn
 
-from .patch_embed import count_parameters, init_linear, keep_patches, key_mask, resize_positions, sincos_positions
+from .patch_embed import (count_parameters, init_linear, keep_patches, key_mask, resize_positions,
+                                 sincos_positions, valid_patches)
 
 # %% ../nbs/04_encoder.ipynb #0f5183eb
 _all_ = ["resize_positions", "sincos_positions", "count_parameters"]
@@ -83,8 +84,9 @@ def embed(self: AudioViT,
     visible: torch.Tensor | None = None, # int64 [B, M, n]; None: all patches
     padding: torch.Tensor | None = None, # bool [B, N_t]
 ) -> tuple: # tokens with positions [V, n, D], V = B or B * M; bool [V, n] tokens that are not padding, or None
-    "Patch tokens with positions, one row per clip or view, and which of them may be attended to."
-    (n_f, n_t), valid = self.patch_embed.grid(x), None if padding is None else ~padding
+    "Patch tokens with positions, one row per clip or view, and which of them may be attended to. Raises `ValueError`."
+    n_f, n_t = self.patch_embed.grid(x)
+    valid = None if padding is None else valid_patches(padding.logical_not(), n_t)
     tokens = self.patch_embed(x, visible, valid)
     if not getattr(self.patch_embed, "positions_in_tokens", False):
         place = self.patch_embed.positions((n_f, n_t))
