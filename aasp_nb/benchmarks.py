@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'RESULT_COLUMNS', 'BenchmarkError', 'Benchmark', 'benchmark', 'mean_average_precision', 'score',
-           'per_class_table', 'plot_confusion', 'git_revision', 'append_results', 'read_results']
+           'per_class_table', 'plot_confusion', 'append_results', 'read_results']
 
 # %% ../nbs/11_benchmarks.ipynb #5a4ab9a1
 import csv
@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import re
-import subprocess
 import sys
 import warnings
 from collections import Counter
@@ -22,6 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
+from .training import git_revision
 from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, precision_recall_fscore_support
 
 # %% ../nbs/11_benchmarks.ipynb #864621b7
@@ -141,21 +141,6 @@ RESULT_COLUMNS = ("dataset", "task", "protocol", "model", "checkpoint", "scale",
                   "metric", "value", "n", "settings", "command", "revision", "date")
 
 # %% ../nbs/11_benchmarks.ipynb #78aef21f
-def git_revision(
-    folder: str | Path | None = None,  # inside the repository; None: this package's folder
-) -> str:  # short hash, "+" appended if files differ from it; "unknown" outside a repository
-    "Revision of the code a result was made with."
-    folder = Path(folder or __file__ if "__file__" in globals() else folder or ".").resolve()
-    folder = folder if folder.is_dir() else folder.parent
-    def git(*args): return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=20)
-    try:
-        head = git("rev-parse", "--short=10", "HEAD")
-        if head.returncode: return "unknown"
-        dirty = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-    except (OSError, subprocess.TimeoutExpired): return "unknown"
-    return head.stdout.strip() + ("+" if dirty else "")
-
-# %% ../nbs/11_benchmarks.ipynb #e6cc3654
 def append_results(
     path: str | Path,  # the tidy CSV; made with its header if it does not exist
     rows: list,  # of dicts with keys from `RESULT_COLUMNS`; missing ones stay empty
@@ -165,7 +150,7 @@ def append_results(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    full = [{"date": now, "revision": git_revision(), "command": " ".join(sys.argv), **common, **r} for r in rows]
+    full = [{"date": now, "revision": git_revision() or "unknown", "command": " ".join(sys.argv), **common, **r} for r in rows]
     unknown = sorted({k for r in full for k in r} - set(RESULT_COLUMNS))
     if unknown: raise BenchmarkError(f"unknown result columns {unknown}; known: {', '.join(RESULT_COLUMNS)}")
     with open(path, "a+", newline="", encoding="utf8") as f:
