@@ -87,7 +87,8 @@ def valid_patches(
     if valid.ndim == 1 and valid.dtype != torch.bool:
         return torch.arange(n_t, device=valid.device) < valid[:, None]
     if valid.ndim != 2 or valid.dtype != torch.bool or valid.shape[1] != n_t:
-        raise ValueError(f"valid must be [B] counts of time patches or bool [B, {n_t}], got {valid.dtype} {tuple(valid.shape)}")
+        raise ValueError(f"valid must be [B] counts of time patches or bool [B, {n_t}], "
+                         f"got {valid.dtype} {tuple(valid.shape)}")
     return valid
 
 # %% ../nbs/03_patch_embed.ipynb #2d22d1d1
@@ -125,7 +126,7 @@ def patchify(
 
 # %% ../nbs/03_patch_embed.ipynb #e264f944
 class StandardPatchEmbed(nn.Module):
-    "Non-overlapping patches to tokens, as in ViT, with a fixed table of 2-D positions. Raises `ValueError` on bad sizes."
+    "Non-overlapping patches to tokens, as in ViT, and a fixed table of 2-D positions. Raises `ValueError`."
     def __init__(self,
         img_size: tuple[int, int] = (128, 608), # (F, T): mel bands, frames the table of positions is made for
         patch_size: tuple[int, int] = (16, 16), # (P_f, P_t)
@@ -143,7 +144,8 @@ class StandardPatchEmbed(nn.Module):
         "(N_f, N_t) of an input [..., F, T]."
         grid = patch_grid(x.shape[-2:], self.patch_size)
         if grid[0] != self.grid_size[0]:
-            raise ValueError(f"this embedding takes {self.grid_size[0] * self.patch_size[0]} mel bands, got {x.shape[-2]}")
+            bands = self.grid_size[0] * self.patch_size[0]
+            raise ValueError(f"this embedding takes {bands} mel bands, got {x.shape[-2]}: build it with that img_size")
         return grid
 
     def positions(self, grid: tuple[int, int] | None = None) -> torch.Tensor:
@@ -221,10 +223,10 @@ class FixedParameters(nn.Module):
     "Learnable raw decay and frequency per frequency patch and unit: AaPE without adaptivity (Table VI)."
     def __init__(self,
         rows: int = 8, # frequency patches N_f
-        start: tuple[torch.Tensor, torch.Tensor] = None, # raw decay and frequency [H] at the start
+        start: tuple[torch.Tensor, torch.Tensor] | None = None, # raw decay and frequency [H]; None: `initial_raw(16)`
     ):
         super().__init__()
-        self.decay, self.freq = (nn.Parameter(s.repeat(rows, 1)) for s in start)
+        self.decay, self.freq = (nn.Parameter(s.repeat(rows, 1)) for s in start or initial_raw(16))
 
     def forward(self,
         rows: torch.Tensor, # int64 [...], frequency patch of each token
@@ -276,7 +278,8 @@ def patch_statistics(
     "Mean and variance by which group normalisation treats each patch."
     moments, weights = frame_moments(y), moment_weights(c)
     if scope == "patch": return tuple(s[..., None] for s in group_statistics(moments, member @ weights, c.shape[-1]))
-    return tuple(member @ s[..., None] for s in group_statistics(pool_rows(moments, member, keep), weights, c.shape[-1]))
+    pooled = pool_rows(moments, member, keep)
+    return tuple(member @ s[..., None] for s in group_statistics(pooled, weights, c.shape[-1]))
 
 # %% ../nbs/03_patch_embed.ipynb #6ef8a1e4
 def row_linear(
@@ -336,7 +339,8 @@ def check_choices(
     if highpass_taps < 3 or highpass_taps % 2 == 0:
         raise ValueError(f"highpass_taps must be odd and at least 3, got {highpass_taps}")
     if phase not in ("even", "signed"): raise ValueError(f'phase must be "even" or "signed", got {phase!r}')
-    if norm_scope not in ("clip", "patch"): raise ValueError(f'norm_scope must be "clip" or "patch", got {norm_scope!r}')
+    if norm_scope not in ("clip", "patch"):
+        raise ValueError(f'norm_scope must be "clip" or "patch", got {norm_scope!r}')
 
 # %% ../nbs/03_patch_embed.ipynb #f65455d9
 def keep_patches(
@@ -418,15 +422,16 @@ def tail(self: AdaptiveSBLU,
     rows: torch.Tensor | None = None, # int64 [B, M, n], frequency patch of each; None: all patches, row-major
     keep: torch.Tensor | None = None, # bool [B, M, n], patches that are not padding
 ) -> torch.Tensor: # [B, M, n, D']
-    "Step 4: C, group normalisation and depthwise convolution as one product per patch; statistics in float32 or better."
+    "Step 4: C, group normalisation and depthwise convolution as one product per patch, statistics in float32."
     views, n, full = y.shape[:2], y.shape[2], rows is None
     row = torch.arange(n, device=y.device).div(n // self.rows, rounding_mode="floor") if full else rows.flatten(0, 1)
     y, exact = y.flatten(0, 1), torch.promote_types(y.dtype, torch.float32)
+    keep = None if keep is None else keep.flatten(0, 1)
     member = F.one_hot(row, self.rows).to(exact).expand(len(y), -1, -1)
     weight, gain, bias = fuse_tail(self.c, self.norm, self.pool)
     with torch.autocast(y.device.type, enabled=False):
         c = self.c.weight[..., 0].unflatten(0, (self.rows, -1)).to(exact)
-        mean, var = patch_statistics(y.to(exact), member, c, self.norm_scope, None if keep is None else keep.flatten(0, 1))
+        mean, var = patch_statistics(y.to(exact), member, c, self.norm_scope, keep)
         rate = (var + self.norm.eps).rsqrt()
         shift = member @ bias.to(exact) - (member * mean * rate) @ gain.to(exact)
     y = y.flatten(2)
@@ -482,8 +487,8 @@ class AaPE(nn.Module):
         self.embed_dim, self.patch_size, self.grid_size = embed_dim, self.standard.patch_size, self.standard.grid_size
         self.bounds = dict(kernel_size=kernel_size, patch_frames=self.patch_size[1], eps=eps, delta=delta)
         start, rows = initial_raw(sblu_hidden, kernel_size, eps, delta, alpha_init), self.grid_size[0]
-        if adaptive: self.lambda_encoder = LambdaEncoder(embed_dim, lambda_dim, lambda_depth, lambda_heads, sblu_hidden, start)
-        else: self.lambda_encoder = FixedParameters(rows, start)
+        self.lambda_encoder = FixedParameters(rows, start) if not adaptive else \
+            LambdaEncoder(embed_dim, lambda_dim, lambda_depth, lambda_heads, sblu_hidden, start)
         self.sblu = AdaptiveSBLU(rows, patch_size, sblu_hidden, sblu_dim, kernel_size, delta, phase, norm_scope,
                                  highpass_taps, backend)
         self.fusion = PatchFusion(embed_dim, sblu_dim)
@@ -524,7 +529,7 @@ def prepare(self: AaPE,
     x: torch.Tensor, # [B, F, T] or [B, 1, F, T]
     visible: torch.Tensor | None, # int64 [B, M, n]; None: all patches
     valid: torch.Tensor | None, # [B] counts or bool [B, N_t]; None: no padding
-) -> tuple: # x [B, F, T], valid bool [B, N_t] or None, standard tokens and the same with positions [B, M, n, D], alpha, beta
+) -> tuple: # x [B, F, T]; valid bool [B, N_t]; tokens without and with positions [B, M, n, D]; alpha; beta
     "What happens before SBLU: standard tokens, positions, decay and frequency."
     x = as_logmel(x)
     grid = self.grid(x)
