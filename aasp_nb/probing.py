@@ -8,7 +8,7 @@ __all__ = ['MODULATION_EDGES', 'BASELINES', 'PROBE_PRESETS', 'RULES', 'FEATURE_V
            'modulation_statistics', 'extract_baseline', 'encoder_fingerprint', 'data_fingerprint', 'cached',
            'ProbeData', 'probe_data', 'ProbeConfig', 'probe_preset', 'probe_deviations', 'probe_runs', 'linear_probe',
            'bootstrap_interval', 'ProbeResult', 'probe_summary', 'probe_table', 'ProbeModel', 'open_model',
-           'input_statistics', 'model_features', 'run_probe', 'save_probe']
+           'input_statistics', 'model_features', 'run_probe', 'save_probe', 'Lines']
 
 # %% ../nbs/13_probing.ipynb #967cb4ee
 import hashlib
@@ -810,3 +810,21 @@ def save_probe(
         settings = json.dumps(record["settings"], sort_keys=True, default=str)
         append_results(results_csv, record["rows"], **common, settings=settings, **({"command": command} if command else {}))
     return folder / "results.json"
+
+# %% ../nbs/13_probing.ipynb #b94254b0
+class Lines:
+    "Progress as one text line every 30 s and at the end of anything that took longer."
+    def __init__(self,
+        name: str,  # what is counted
+        every: float = 30.0,  # seconds between lines
+    ):
+        self.name, self.every, self.begin = name, every, time.monotonic()
+        self.last = self.begin
+
+    def __call__(self, done: int, total: int):
+        "Take note, and print a line if one is due."
+        now = time.monotonic()
+        if now - self.last < self.every and not (done == total and now - self.begin > self.every): return
+        left = (now - self.begin) / max(done, 1) * (total - done)
+        print(f"{self.name} {done}/{total}, {now - self.begin:.0f} s, about {left:.0f} s left", flush=True)
+        self.last = now
