@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import norm, t as student
 
 # %% ../nbs/15_ablations.ipynb #731bbe7a
-SETTING = dict(patch_embed="aape", contrastive_weight=0.1, adaptive=True, kernel_size=63, predictor="cross_attention",
+SETTING = dict(patch_embed="aape", contrastive_weight=0.1, adaptive=True, kernel_size=63, predictor="cross-attention",
                phase="even", norm_scope="clip", mask_input=False)  # the default of every ablation
 PAPER_TASKS = dict(as2m=("AS-2M", "mAP"), as20k=("AS-20K", "mAP"), esc50=("ESC-50", "accuracy"))
 
@@ -42,7 +42,7 @@ PAPER_TABLES = {
         _row((49.9, 42.0, 97.6), "9.86M MAC", kernel_size=127)]),
     "VIII": dict(title="Predictor", rows=[
         _row((49.9, 41.8, 97.4), "2.59M, 2.72 batches/s", predictor="cnn"),
-        _row((49.8, 41.9, 97.5), "10.63M, 2.83 batches/s", predictor="cross_attention")]),
+        _row((49.8, 41.9, 97.5), "10.63M, 2.83 batches/s", predictor="cross-attention")]),
     "ours": dict(title="Readings the paper leaves open (not in the paper)", rows=[
         dict(setting=dict(s), paper={}, note="") for s in (dict(), dict(phase="signed"), dict(norm_scope="patch"),
                                                           dict(mask_input=True))]),

@@ -65,11 +65,11 @@ class Server:
         (settings / "page_config.json").write_text(json.dumps({"disabledExtensions": off}))
         self.port, self.token = free_port(), secrets.token_hex(16)
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "IPYTHON"))}
-        env = {**keep, "JUPYTER_CONFIG_DIR": str(self.home / "config"), "JUPYTER_DATA_DIR": str(self.home / "data"),
-               "JUPYTER_RUNTIME_DIR": str(self.home / "runtime"), "IPYTHONDIR": str(self.home / "ipython"),
-               **self.extra_env}
+        self.env = {**keep, "JUPYTER_CONFIG_DIR": str(self.home / "config"), "JUPYTER_DATA_DIR": str(self.home / "data"),
+                    "JUPYTER_RUNTIME_DIR": str(self.home / "runtime"), "IPYTHONDIR": str(self.home / "ipython"),
+                    **self.extra_env}
         self.log = open(self.home / "server.log", "w")
-        self.process = subprocess.Popen(self.command(), cwd=self.root, env=env, stdout=self.log, stderr=self.log,
+        self.process = subprocess.Popen(self.command(), cwd=self.root, env=self.env, stdout=self.log, stderr=self.log,
                                         start_new_session=True)
         self.wait()
         return self
@@ -132,8 +132,10 @@ class Voila(Server):
     name = "voila"
 
     def command(self):
-        return [sys.executable, "-m", "voila", "--no-browser", f"--port={self.port}", "--Voila.ip=127.0.0.1",
-                f"--token={self.token}", str(self.root)]
+        from aasp_nb.dashboards import voila_command
+        command, env = voila_command(self.root, self.home / "share", self.port, self.token)
+        self.env["JUPYTER_PATH"] = env["JUPYTER_PATH"]
+        return command
 
     def url(self, notebook=None):
         return f"http://127.0.0.1:{self.port}/voila/render/{Path(notebook or self.notebooks[0]).name}?token={self.token}"
