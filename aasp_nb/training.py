@@ -416,7 +416,7 @@ class StopRequest:
     def __exit__(self, *exc):
         for number, old in self._old.items(): signal.signal(number, old if old is not None else signal.SIG_DFL)
 
-# %% ../nbs/10_training.ipynb #ee4c6291
+# %% ../nbs/10_training.ipynb #7560f378
 def duration(
     seconds: float,  # any
 ) -> str:  # "1:02:03", "2 d 3:04:05"
@@ -424,8 +424,6 @@ def duration(
     if not math.isfinite(seconds): return "?"
     days, s = divmod(int(seconds), 86400)
     return (f"{days} d " if days else "") + f"{s // 3600}:{s % 3600 // 60:02d}:{s % 60:02d}"
-
-test_eq([duration(5), duration(3723), duration(90061), duration(math.inf)], ["0:00:05", "1:02:03", "1 d 1:01:01", "?"])
 
 # %% ../nbs/10_training.ipynb #9ebaf855
 class Progress:
@@ -559,7 +557,7 @@ def pick_device(
         raise RunError(f"{torch.cuda.get_device_name(device)} has no bf16: set precision to fp32")
     return device
 
-# %% ../nbs/10_training.ipynb #f0c2a774
+# %% ../nbs/10_training.ipynb #e475ae65
 def split_batch(
     batch: dict,  # tensors with the clips first
     size: int = None,  # clips per part; None: one part
@@ -569,9 +567,6 @@ def split_batch(
     if size is None or size >= n: return [batch]
     if size < 1 or n % size: raise ValueError(f"micro_batch {size} must divide the batch size {n}")
     return [{k: v[s:s + size] for k, v in batch.items()} for s in range(0, n, size)]
-
-test_eq([p["x"].tolist() for p in split_batch({"x": torch.arange(4)}, 2)], [[0, 1], [2, 3]])
-test_fail(lambda: split_batch({"x": torch.arange(4)}, 3), exc=ValueError, contains="divide")
 
 # %% ../nbs/10_training.ipynb #4208ec1e
 class Learner:
@@ -672,8 +667,9 @@ def fit(
     max_minutes: float = None,  # stop with a checkpoint after this time
     guard: Guard = None,  # default `Guard(run)`
     progress: str = "auto",  # see `Progress`
+    seconds: float = 0.0,  # trained before, in earlier sessions
     extra: dict = None,  # goes into each checkpoint's state
-) -> dict:  # status, reason, step, seconds, clips_per_s, bad_steps, alarms, and the last metrics
+) -> dict:  # status, reason, step, steps, seconds (of all sessions), bad_steps, alarms, last (metrics)
     "Train from `start` to `steps`; a signal, the time limit or an error in writing ends it at a step boundary."
     stop_at, guard, saver, window = min(stop_at or steps, steps), guard or Guard(run), Saver(run, keep_last), Window()
     bar, row, step, clips, begin, reason = Progress(run, start, stop_at, progress), {}, start, 0, time.monotonic(), None
@@ -692,12 +688,13 @@ def fit(
                 bar.update(step, row, last=step == stop_at or bool(reason))
                 if step % save_every == 0 or step == stop_at or reason:
                     tensors, state = learner.state()
-                    saver.save(step, tensors, {**state, **(extra or {})}, row.get("loss"))
+                    spent = seconds + time.monotonic() - begin
+                    saver.save(step, tensors, {**state, **(extra or {}), "seconds": spent}, row.get("loss"))
         saver.wait()
     finally:
         if hasattr(batches, "close"): batches.close()
     return dict(status="finished" if step >= steps else "stopped", reason=reason, step=step, steps=steps,
-                seconds=time.monotonic() - begin, bad_steps=guard.total, alarms=guard.alarms, last=row)
+                seconds=seconds + time.monotonic() - begin, bad_steps=guard.total, alarms=guard.alarms, last=row)
 
 # %% ../nbs/10_training.ipynb #5ddc5754
 def _log_window(run: RunDir, guard: Guard, window: Window, step: int, clips: int, since: float) -> dict:
@@ -913,13 +910,17 @@ def pretrain(
         dataset = prepare_data(config, data, cache)
         config = prepare_run(run, config, dataset, device)
         learner = AaSPLearner(config, device)
-        start = restore(run, learner)
+        start, seconds = restore(run, learner)
+        if run.resumed and start >= min(max_steps or config.steps, config.steps) and (run.path / "results.json").is_file():
+            run.log(f"nothing to do: {start} steps are done", show=True)
+            return run.read_json("results.json")
         if workers is None: workers = 0 if isinstance(dataset.reader, CachedReader) else max(1, os.cpu_count() - 1)
         loader = train_loader(dataset, config.batch_size, config.seed, start, workers=workers,
                               pin_memory=device.type == "cuda")
         run.start_metrics(start)
         guard = Guard(run, after=config.warmup_steps)
-        out = fit(learner, loader, run, config.steps, start, max_steps, guard=guard, extra={"config": config.to_dict()}, **kw)
+        out = fit(learner, loader, run, config.steps, start, max_steps, guard=guard, seconds=seconds,
+                  extra={"config": config.to_dict()}, **kw)
         return write_results(run, learner, dataset, config, out)
     except torch.OutOfMemoryError as e:
         raise RunError(f"out of memory on {device}: raise accumulation_steps (now {config.accumulation_steps}), or lower "
@@ -930,19 +931,19 @@ def pretrain(
 def restore(
     run: RunDir,  # maybe resumed
     learner: Learner,  # gets the newest whole checkpoint
-) -> int:  # steps done
+) -> tuple:  # steps done, seconds trained
     "Load the newest checkpoint of a resumed run; says where it goes on."
-    if not run.resumed: return 0
+    if not run.resumed: return 0, 0.0
     path, tensors, state = latest_checkpoint(run.checkpoints)
     if path is None:
         if step_folders(run.checkpoints): raise RunError(f"no checkpoint in {run.checkpoints} is whole: choose another run_dir")
         run.log("no checkpoint yet: starting at step 0", show=True)
-        return 0
+        return 0, 0.0
     for later in step_folders(run.checkpoints):
         if int(later.name[5:]) > state["step"]: later.rename(later.with_name(f"damaged-{later.name}"))
     learner.load_state(tensors, state)
     run.log(f"resumed from {path.name}", show=True)
-    return state["step"]
+    return state["step"], state.get("seconds", 0.0)
 
 def write_results(
     run: RunDir,  # of the run
@@ -953,9 +954,9 @@ def write_results(
 ) -> dict:  # what results.json holds
     "Export the encoder and write results.json."
     save_encoder(learner.model.student, config, run.path / "encoder")
-    last = step_folders(run.checkpoints)
+    last, speed = step_folders(run.checkpoints), read_metrics(run.path).get("clips_per_s", np.zeros(1))
     results = out | dict(
-        run_dir=str(run.path), checkpoint=last[-1].name if last else None, seed=config.seed, config=config.to_dict(),
+        run_dir=str(run.path), clips_per_s=float(np.median(speed[1:] if len(speed) > 1 else speed)), checkpoint=last[-1].name if last else None, seed=config.seed, config=config.to_dict(),
         contrastive_scope=config.contrastive_scope, accumulation_steps=config.accumulation_steps,
         data=describe_data(dataset), broken_clips={dataset.manifest.columns["path"][i]: t for i, t in dataset.broken.seen.items()},
         environment=environment(learner.device), finished=datetime.now().isoformat(timespec="seconds"))
@@ -984,27 +985,30 @@ def plot_metrics(
 
 # %% ../nbs/10_training.ipynb #778238c5
 def _assigned(source: str) -> dict:
-    "Names assigned at the top level of a cell, with their annotations as text."
+    "Names assigned at the top level of a cell: (annotation as text or None, is the value None?)."
     out = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign): out[node.target.id] = ast.unparse(node.annotation)
-        elif isinstance(node, ast.Assign): out |= {t.id: None for t in node.targets if isinstance(t, ast.Name)}
+        empty = isinstance(getattr(node, "value", None), ast.Constant) and node.value.value is None
+        if isinstance(node, ast.AnnAssign): out[node.target.id] = ast.unparse(node.annotation), empty
+        elif isinstance(node, ast.Assign): out |= {t.id: (None, empty) for t in node.targets if isinstance(t, ast.Name)}
     return out
 
+# %% ../nbs/10_training.ipynb #a86d2238
 def notebook_parameters(
     scope: dict,  # the notebook's `globals()`
-) -> dict:  # name -> value in its annotated type
+) -> dict:  # name -> value in its annotated type; None stays None where it is the default
     "Check and coerce a run notebook's parameters; raises `ConfigError` before any work is done."
     cells = [c for c in scope["In"] if c.strip()]
     injected = [i for i, c in enumerate(cells) if c.lstrip().startswith("# Parameters\n")]
     declared = next((i for i, c in enumerate(cells) if i not in injected), 0)
     if injected and injected[0] < declared:
         raise ConfigError("the notebook's first code cell has lost its tag `parameters`: papermill's values would be ignored")
-    known = _assigned(cells[declared])
-    for i in injected:
-        for name in _assigned(cells[i]):
-            if name in known: continue
-            near = difflib.get_close_matches(name, known, 1)
-            raise ConfigError(f"unknown parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"))
-    kinds = {n: eval(k, {"Path": Path}) if k else None for n, k in known.items()}
-    return {n: scope[n] if k is None else coerce(n, scope[n], k) for n, k in kinds.items()}
+    known, simple = _assigned(cells[declared]), dict(int=int, float=float, bool=bool, str=str)
+    for name in (n for i in injected for n in _assigned(cells[i])):
+        if name in known: continue
+        near = difflib.get_close_matches(name, known, 1)
+        raise ConfigError(f"unknown parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"))
+    def value(name, kind, empty):
+        if empty and str(scope[name]).strip() in ("None", ""): return None
+        return scope[name] if kind is None else coerce(name, scope[name], simple[kind])
+    return {n: value(n, *how) for n, how in known.items()}
