@@ -14,7 +14,8 @@ def num_visible(
     mask_ratio:float=0.8, # share of patches that are masked, in (0, 1)
 ) -> int: # patches that stay visible, at least 1 and at most N - 1
     "Number of visible patches, int(N (1 - ratio) + 1e-6) (section IV-B); ValueError if none or all would stay."
-    if not 0 < mask_ratio < 1: raise ValueError(f"mask_ratio must lie between 0 and 1 (both excluded), got {mask_ratio}")
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"mask_ratio must lie between 0 and 1 (both excluded), got {mask_ratio}")
     keep = int(n_patches*(1-mask_ratio) + 1e-6)
     if not 0 < keep < n_patches:
         raise ValueError(f"mask_ratio {mask_ratio} keeps {keep} of {n_patches} patches: "

@@ -53,13 +53,14 @@ def logmel_targets(
 ) -> torch.Tensor: # [B, N, P_f*P_t] float32, zero mean and unit variance per patch, zero where padding
     "Standardised log-mel patches in the order of the encoder's tokens."
     (b, f, t), (pf, pt) = logmel.shape, patch_size
-    if f % pf or t % pt: raise ValueError(f"spectrogram of {f} x {t} is not a multiple of the patch size {pf} x {pt}: pad it")
+    if f % pf or t % pt:
+        raise ValueError(f"spectrogram of {f} x {t} is not a multiple of the patch size {pf} x {pt}: pad it")
     x = logmel.detach().float().view(b, f//pf, pf, t//pt, pt).transpose(2, 3).flatten(3).flatten(1, 2)
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x if padding is None else x.masked_fill(padding.unsqueeze(-1), 0.)
 
 # %% ../nbs/07_objectives.ipynb #49c782ba
-LOSS_SCALES = {"sqrt_dim": 0.5, "mean": 1.0, "sum": 0.0}  # power of the width by which a token's squared error is divided
+LOSS_SCALES = {"sqrt_dim": 0.5, "mean": 1.0, "sum": 0.0}  # a token's squared error is divided by D to this power
 
 # %% ../nbs/07_objectives.ipynb #bfb5cef0
 def squared_error(
@@ -68,7 +69,8 @@ def squared_error(
     loss_scale:str="sqrt_dim",  # "sqrt_dim" (EAT's, chosen), "mean" or "sum"
 ) -> torch.Tensor: # [...] float32, non-negative
     "Squared L2 distance of every token pair over the width, divided by sqrt(D), D or 1."
-    if loss_scale not in LOSS_SCALES: raise ValueError(f"loss_scale must be one of {sorted(LOSS_SCALES)}, got {loss_scale!r}")
+    if loss_scale not in LOSS_SCALES:
+        raise ValueError(f"loss_scale must be one of {sorted(LOSS_SCALES)}, got {loss_scale!r}")
     error = (prediction.float()-target.float()).square().sum(-1)
     return error/prediction.shape[-1]**LOSS_SCALES[loss_scale]
 
@@ -122,7 +124,8 @@ class ContrastiveHead(nn.Sequential):
         out_dim:int=128, # width of the embedding z [chosen]
     ):
         hidden = dim//2
-        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, out_dim))
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                         nn.Linear(hidden, out_dim))
 
     def forward(self,
         x:torch.Tensor, # mean visible token [..., D]
@@ -162,7 +165,7 @@ def _pair_losses(z, everyone, everyone_valid, first_clip, temperature):
     clip = torch.arange(everyone.shape[0], device=z.device).repeat_interleave(m)
     own = clip == torch.arange(first_clip, first_clip+b, device=z.device)[:, None]
     hidden = own | ~everyone_valid.flatten()
-    negatives = score.masked_fill(hidden[:, None], -1e4).logsumexp(-1)  # -1e4: exp gives 0, and no NaN if all are hidden
+    negatives = score.masked_fill(hidden[:, None], -1e4).logsumexp(-1)  # exp(-1e4) is 0, without NaN if all are hidden
     positives = torch.einsum("bmc,bpc->bmp", z, z)/temperature
     return torch.logaddexp(positives, negatives.unsqueeze(-1)) - positives
 
@@ -176,7 +179,8 @@ def contrastive_loss(
     "InfoNCE over masked views, equation 5; one view is an error, one clip gives 0 with a warning."
     z = z.float()
     b, m, _ = z.shape
-    if m < 2: raise ValueError("contrastive_loss needs at least two views per clip: set views >= 2 or contrastive_weight = 0")
+    if m < 2:
+        raise ValueError("contrastive_loss needs at least two views per clip: set views >= 2 or contrastive_weight = 0")
     if valid is None: valid = torch.ones(b, m, dtype=torch.bool, device=z.device)
     everyone = gather_with_gradient(z) if gather else z
     everyone_valid = gather_with_gradient(valid.to(z.dtype)) > 0 if gather else valid

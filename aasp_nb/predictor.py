@@ -137,7 +137,8 @@ class CNNPredictor(nn.Module):
     ):
         super().__init__()
         if kernel_size % 2 == 0: raise ValueError(f"kernel_size of the CNN predictor must be odd, got {kernel_size}")
-        if embed_dim % groups: raise ValueError(f"embed_dim {embed_dim} is not divisible by the CNN predictor's {groups} groups")
+        if embed_dim % groups:
+            raise ValueError(f"embed_dim {embed_dim} is not divisible by the CNN predictor's {groups} groups")
         self.blocks = nn.Sequential(*(ConvBlock(embed_dim, kernel_size, groups) for _ in range(depth)))
         self.proj = nn.Linear(embed_dim, out_dim or embed_dim)
         self.apply(init_weights)

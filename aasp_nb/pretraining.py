@@ -53,7 +53,7 @@ class AudioFields:
     log_floor: float = _field(1e-10, "chosen", "smallest mel power before the natural log (LogMel's floor)")
     norm_mean: float = _field(-6.2, "chosen", "mean of the log-mel spectrogram; measured on mixed short clips")
     norm_std: float = _field(5.9, "chosen", "its standard deviation, > 0; measured on mixed short clips")
-    norm_measure: bool = _field(True, "chosen", "measure norm_mean and norm_std on the training set before the first step")
+    norm_measure: bool = _field(True, "chosen", "measure both on the training set before the first step")
     crop_seconds: float = _field(6.0, "text", "length of a random crop, s")
     n_frames: int | None = _field(608, "text", "frames T of a crop after padding; None: computed from crop_seconds")
     fill_crops: bool = _field(False, "chosen", "fill a crop from several short clips of one source, with short fades")
@@ -85,7 +85,7 @@ class KernelFields:
     eps: float = _field(0.01, "chosen", "attenuation of the window at its edge, in (0, 1)")
     delta: float = _field(1.0, "chosen", "sampling period of equation 2, frames")
     phase: Literal["even", "signed"] = _field("even", "text", "kernel phase over |m| (equation 2) or over m")
-    norm_scope: Literal["clip", "patch"] = _field("clip", "text", "GroupNorm statistics over a clip or within each patch")
+    norm_scope: Literal["clip", "patch"] = _field("clip", "text", "GroupNorm statistics over a clip or a patch")
     mask_input: bool = _field(False, "text", "zero a view's masked patches before the high-pass, so that nothing leaks")
     pos_in_fusion: bool = _field(False, "chosen", "add positions before patch fusion too")
     highpass_taps: int = _field(63, "text", "taps of the Hamming FIR run forward and backward, odd")
@@ -98,12 +98,13 @@ class MaskFields:
     "Masked views and the predictor."
     mask_ratio: float = _field(0.8, "text", "share of masked patches, in (0, 1)")
     views: int = _field(16, "chosen", "masked views M per clip")
-    block_sizes: tuple[tuple[int, int], ...] = _field(((4, 6), (5, 5), (3, 8)), "chosen", "kept blocks, (frequency, time)")
+    block_sizes: tuple[tuple[int, int], ...] = _field(((4, 6), (5, 5), (3, 8)), "chosen",
+                                                          "kept blocks, (frequency, time) in patches")
     predictor: Literal["cross-attention", "cnn"] = _field("cross-attention", "text", "predictor (Table VIII)")
     predictor_dim: int = _field(512, "text", "width of the cross-attention predictor, a multiple of 4 and of its heads")
     predictor_depth: int = _field(3, "text", "cross-attention blocks")
     predictor_heads: int = _field(16, "text", "heads of the cross-attention predictor")
-    predictor_cls: bool = _field(False, "chosen", "CLS among the keys of the cross-attention predictor (CrossMAE has it)")
+    predictor_cls: bool = _field(False, "chosen", "CLS among the predictor's keys (CrossMAE has it)")
     cnn_depth: int = _field(6, "count", "convolutions of the CNN predictor")
     cnn_groups: int = _field(16, "count", "groups of the CNN predictor's convolutions, a divisor of embed_dim")
     query_ratio: float = _field(0.75, "text", "share of the masked patches that are predicted, in (0, 1]")
@@ -113,14 +114,15 @@ class MaskFields:
 class ObjectiveFields:
     "Targets, losses and the teacher's moving average."
     target: Literal["teacher", "logmel"] = _field("teacher", "text", "predict the teacher or log-mel patches (control)")
-    target_norm: Literal["token", "channel"] = _field("token", "text", "instance norm over the width or over tokens (EAT)")
-    target_layer: Literal["block", "ffn"] = _field("block", "chosen", "block output or FFN output before the residual (EAT)")
+    target_norm: Literal["token", "channel"] = _field("token", "text", "instance norm over width or tokens (EAT)")
+    target_layer: Literal["block", "ffn"] = _field("block", "chosen",
+                                                   "block output or, as EAT, FFN output before the residual")
     teacher_cls: bool = _field(False, "text", "run the teacher with CLS and drop it from the targets (EAT)")
     loss_scale: Literal["sqrt_dim", "mean", "sum"] = _field("sqrt_dim", "chosen", "squared error over sqrt(D), D or 1")
     contrastive_weight: float = _field(0.1, "text", "w of equation 6 (Table V's default); 0 turns the term off")
     contrastive_dim: int = _field(128, "chosen", "width of the contrastive embedding z")
     temperature: float = _field(0.1, "chosen", "tau of equation 5, > 0")
-    contrastive_scope: Literal["global", "micro"] = _field("global", "chosen", "negatives: whole step or one micro-batch")
+    contrastive_scope: Literal["global", "micro"] = _field("global", "chosen", "negatives: step or micro-batch")
     ema_base: float = _field(0.994, "text", "momentum of the teacher at the first step")
     ema_end: float = _field(1.0, "text", "momentum at the last step")
     ema_schedule: Literal["cosine", "linear"] = _field("cosine", "text", "shape of the momentum between them")
@@ -202,7 +204,8 @@ def coerce(
         wanted = "one of " + ", ".join(map(repr, choices)) if choices else getattr(kind, "__name__", str(kind))
         if get_origin(kind) is not None and not choices: wanted = str(kind)
         close = difflib.get_close_matches(str(value), choices, 1)
-        raise ConfigError(f"{name} must be {wanted}, got {value!r}" + (f"; did you mean {close[0]!r}?" if close else "")) from None
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}{hint}") from None
 
 # %% ../nbs/08_pretraining.ipynb #d2d62dcc
 def _require(*checks):
@@ -220,7 +223,7 @@ def _check_audio(c):
         (c.f_max <= c.sample_rate/2, f"f_max {c.f_max} is above half of sample_rate {c.sample_rate}: lower f_max"),
         (c.log_floor > 0, f"log_floor is a power and must be positive, got {c.log_floor}"),
         (c.norm_std > 0, f"norm_std must be positive, got {c.norm_std}: measure it on your training set"),
-        (c.n_mels % f == 0, f"n_mels {c.n_mels} is not a multiple of the patch height {f}: change n_mels or patch_size"),
+        (c.n_mels % f == 0, f"n_mels {c.n_mels} is not a multiple of the patch height {f}: change either"),
         (c.n_frames % t == 0, f"n_frames {c.n_frames} is not a multiple of the patch width {t}: "
                               f"use {max(1, round(c.n_frames/t))*t}, or None to have it computed"),
         (abs(duration-c.crop_seconds) < (t+1)*hop, f"n_frames {c.n_frames} holds {duration:.2f} s but crop_seconds is "
@@ -231,10 +234,12 @@ def _check_model(c):
     _require(
         (c.embed_dim % 4 == 0, f"embed_dim {c.embed_dim} must be a multiple of 4 (2-D positions)"),
         (c.embed_dim % c.num_heads == 0, f"embed_dim {c.embed_dim} is not divisible by num_heads {c.num_heads}"),
-        (c.lambda_dim % c.lambda_heads == 0, f"lambda_dim {c.lambda_dim} is not divisible by lambda_heads {c.lambda_heads}"),
+        (c.lambda_dim % c.lambda_heads == 0,
+         f"lambda_dim {c.lambda_dim} is not divisible by lambda_heads {c.lambda_heads}"),
         (c.mlp_ratio > 0, f"mlp_ratio must be positive, got {c.mlp_ratio}"),
         (0 <= c.drop_path < 1, f"drop_path must lie in [0, 1), got {c.drop_path}"),
-        (c.kernel_size % 2 == 1, f"kernel_size must be odd, got {c.kernel_size}: use {c.kernel_size-1} or {c.kernel_size+1}"),
+        (c.kernel_size % 2 == 1,
+         f"kernel_size must be odd, got {c.kernel_size}: use {c.kernel_size-1} or {c.kernel_size+1}"),
         (c.kernel_size >= 3, f"kernel_size must be at least 3, got {c.kernel_size}"),
         (c.highpass_taps % 2 == 1, f"highpass_taps must be odd, got {c.highpass_taps}"),
         (0 < c.eps < 1, f"eps must lie in (0, 1), got {c.eps}"),
@@ -247,14 +252,16 @@ def _check_masking(c):
     try: num_visible(c.n_patches, c.mask_ratio)
     except ValueError as e: raise ConfigError(str(e)) from None
     _require(
-        (c.block_sizes and all(min(b) > 0 for b in c.block_sizes), f"block_sizes must be positive pairs, got {c.block_sizes}"),
+        (c.block_sizes and all(min(b) > 0 for b in c.block_sizes),
+         f"block_sizes must be positive pairs, got {c.block_sizes}"),
         (0 < c.query_ratio <= 1, f"query_ratio must lie in (0, 1], got {c.query_ratio}"),
         (c.predictor_dim % 4 == 0, f"predictor_dim {c.predictor_dim} must be a multiple of 4 (2-D positions)"),
         (c.predictor_dim % c.predictor_heads == 0,
          f"predictor_dim {c.predictor_dim} is not divisible by predictor_heads {c.predictor_heads}"),
         (c.predictor != "cnn" or c.embed_dim % c.cnn_groups == 0,
          f"embed_dim {c.embed_dim} is not divisible by cnn_groups {c.cnn_groups}: change cnn_groups"),
-        (c.predictor != "cnn" or not c.predictor_cls, "predictor_cls needs predictor='cross-attention': a CNN has no place for CLS"))
+        (c.predictor != "cnn" or not c.predictor_cls,
+         "predictor_cls needs predictor='cross-attention': a CNN has no place for CLS"))
 
 # %% ../nbs/08_pretraining.ipynb #7a55219f
 def _check_objective(c):
@@ -275,9 +282,9 @@ def _check_objective(c):
         (c.grad_clip >= 0, f"grad_clip must not be negative, got {c.grad_clip} (0 turns clipping off)"))
 
 # %% ../nbs/08_pretraining.ipynb #8ed5fffd
-_POSITIVE = ("sample_rate n_fft win_length hop_length n_mels crop_seconds n_frames embed_dim depth num_heads sblu_hidden sblu_dim "
-             "lambda_dim lambda_depth lambda_heads views predictor_dim predictor_depth predictor_heads cnn_depth cnn_groups "
-             "contrastive_dim batch_size accumulation_steps steps").split()
+_POSITIVE = ("sample_rate n_fft win_length hop_length n_mels crop_seconds n_frames embed_dim depth num_heads "
+             "sblu_hidden sblu_dim lambda_dim lambda_depth lambda_heads views predictor_dim predictor_depth predictor_heads "
+             "cnn_depth cnn_groups contrastive_dim batch_size accumulation_steps steps").split()
 
 # %% ../nbs/08_pretraining.ipynb #40e5b640
 def _check(c):
@@ -382,7 +389,8 @@ def from_dict(cls:AaSPConfig,
     values:dict, # field names and values; absent fields take the paper's values
 ): # AaSPConfig
     "A configuration from `to_dict`'s result or a part of it; ConfigError for unknown names."
-    if not isinstance(values, dict): raise ConfigError(f"a configuration must be a dictionary of fields, got {type(values).__name__}")
+    if not isinstance(values, dict):
+        raise ConfigError(f"a configuration must be a dictionary of fields, got {type(values).__name__}")
     version = coerce("version", values.get("version", 1), int)
     _require((version == 1, f"configuration of version {version}: this aasp_nb reads version 1, update it"))
     _refuse_unknown(values, cls.names(), "field")
@@ -436,8 +444,8 @@ def build_encoder(
 ) -> AudioViT: # with freshly initialised weights
     "The student's encoder of a configuration."
     c = config
-    return AudioViT(build_patch_embed(c), embed_dim=c.embed_dim, depth=c.depth, num_heads=c.num_heads, mlp_ratio=c.mlp_ratio,
-                    drop_path=c.drop_path, block_norm=c.block_norm)
+    return AudioViT(build_patch_embed(c), embed_dim=c.embed_dim, depth=c.depth, num_heads=c.num_heads,
+                    mlp_ratio=c.mlp_ratio, drop_path=c.drop_path, block_norm=c.block_norm)
 
 # %% ../nbs/08_pretraining.ipynb #38577ade
 def build_predictor(
@@ -447,7 +455,8 @@ def build_predictor(
     c = config
     out_dim = math.prod(c.patch_size) if c.target == "logmel" else c.embed_dim
     if c.predictor == "cnn": return CNNPredictor(c.embed_dim, c.cnn_depth, groups=c.cnn_groups, out_dim=out_dim)
-    return CrossAttentionPredictor(c.embed_dim, c.predictor_dim, c.predictor_depth, c.predictor_heads, out_dim, c.mlp_ratio)
+    return CrossAttentionPredictor(c.embed_dim, c.predictor_dim, c.predictor_depth, c.predictor_heads, out_dim,
+                                   c.mlp_ratio)
 
 # %% ../nbs/08_pretraining.ipynb #82702206
 def ema_momentum(
@@ -507,8 +516,9 @@ class AaSP(nn.Module):
         super().__init__()
         self.config = config
         self.student, self.predictor = build_encoder(config), build_predictor(config)
-        self.contrastive_head = ContrastiveHead(config.embed_dim, config.contrastive_dim) if config.contrastive_weight else None
-        self.teacher = copy.deepcopy(self.student).float().requires_grad_(False).eval() if config.target == "teacher" else None
+        self.contrastive_head = self.teacher = None
+        if config.contrastive_weight: self.contrastive_head = ContrastiveHead(config.embed_dim, config.contrastive_dim)
+        if config.target == "teacher": self.teacher = copy.deepcopy(self.student).float().requires_grad_(False).eval()
 
     def train(self, mode=True):
         super().train(mode)
@@ -517,10 +527,10 @@ class AaSP(nn.Module):
 
     def forward(self,
         logmel:torch.Tensor,                 # standardised log-mel [B, F, T]
-        padding:torch.Tensor|None=None,      # bool [B, N_t], True where a time patch is wholly padding; never the first one
+        padding:torch.Tensor|None=None,      # bool [B, N_t], True: wholly padding; never the first patch
         generator:torch.Generator|None=None, # CPU generator of the masks; None uses torch's global one
         masks:ViewMasks|None=None,           # masks drawn before; None: drawn here
-        contrastive:tuple|None=None,         # (value, gradient for z, scale) of the two-pass form; None: this batch alone
+        contrastive:tuple|None=None,         # (value, gradient for z, scale), two-pass form; None: this batch
     ) -> tuple: # loss, 0-d with gradient; dict of detached 0-d tensors
         "One step: L = L_mask + L_cls + w L_con (equation 6)."
         c = self.config
@@ -565,7 +575,8 @@ def make_targets(self:AaSP,
     pad = patch_padding(padding, logmel.shape[-2]//c.patch_size[0])
     if self.teacher is None: return logmel_targets(logmel, c.patch_size, pad)
     with torch.no_grad():
-        _, layers = self.teacher.forward_features(logmel, padding=padding, cls=c.teacher_cls, return_layers=c.target_layer)
+        _, layers = self.teacher.forward_features(logmel, padding=padding, cls=c.teacher_cls,
+                                                  return_layers=c.target_layer)
         return teacher_targets(layers, c.target_norm, pad)
 
 # %% ../nbs/08_pretraining.ipynb #589c7ea8
@@ -611,12 +622,16 @@ def finish(self:AaSP,
     prediction = self.predict(views, masks, (n_freq, n_time))
     loss_mask = masked_prediction_loss(prediction, targets, masks.queries, pad, c.loss_scale,
                                        None if pad is None else views.valid)
-    loss_cls = loss_mask.new_zeros(()) if self.teacher is None else utterance_loss(views.cls, targets, pad, c.loss_scale)
+    loss_cls = loss_mask.new_zeros(())
+    if self.teacher is not None: loss_cls = utterance_loss(views.cls, targets, pad, c.loss_scale)
     loss_con = self.contrastive_term(views, contrastive)
     loss = loss_mask + loss_cls + c.contrastive_weight*loss_con
-    asked = None if pad is None else ~pad.gather(1, masks.queries.flatten(1)).view(masks.queries.shape) & views.valid[..., None]
+    asked = None
+    if pad is not None:
+        asked = ~pad.gather(1, masks.queries.flatten(1)).view(masks.queries.shape) & views.valid[..., None]
     logs = dict(loss=loss, loss_mask=loss_mask, loss_cls=loss_cls, loss_con=loss_con,
-                target_std=token_spread(targets, None if pad is None else ~pad), prediction_std=token_spread(prediction, asked),
+                target_std=token_spread(targets, None if pad is None else ~pad),
+                prediction_std=token_spread(prediction, asked),
                 padded_share=loss.new_zeros(()) if padding is None else padding.float().mean())
     return loss, {k: v.detach().float() for k, v in logs.items()}
 
