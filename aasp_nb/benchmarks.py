@@ -153,7 +153,8 @@ def append_results(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    full = [{"date": now, "revision": git_revision() or "unknown", "command": " ".join(sys.argv), **common, **r} for r in rows]
+    if "revision" not in common: common["revision"] = git_revision() or "unknown"
+    full = [{"date": now, "command": " ".join(sys.argv), **common, **r} for r in rows]
     unknown = sorted({k for r in full for k in r} - set(RESULT_COLUMNS))
     if unknown: raise BenchmarkError(f"unknown result columns {unknown}; known: {', '.join(RESULT_COLUMNS)}")
     with open(path, "a+", newline="", encoding="utf8") as f:

@@ -1,0 +1,94 @@
+"""The linear-probe notebook under papermill, a trained checkpoint as its input, and real audio where there is some."""
+import json
+import warnings
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+from aasp_nb.benchmarks import read_results
+from aasp_nb.clips import write_clips
+from aasp_nb.data import Manifest
+from aasp_nb.pretraining import AaSPConfig, build_encoder
+from aasp_nb.probing import ProbeConfig, open_model, probe_summary, run_probe
+from aasp_nb.training import save_encoder
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs" / "runs" / "linear_probe.ipynb"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    "Execute the notebook in another folder, with AASP_HOME in a path with blanks and an umlaut."
+    import papermill
+    home = tmp_path / "ein Ordner mit ü"
+    home.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AASP_HOME", str(home))
+
+    def execute(**parameters):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", parameters, progress_bar=False, store_widget_state=False)
+        return nbformat.read(tmp_path / "out.ipynb", 4)
+    execute.home, execute.out = home, tmp_path / "out.ipynb"
+    return execute
+
+
+def texts(notebook):
+    "All text that a notebook shows."
+    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    return "\n".join(o.get("text", "") or o.get("data", {}).get("text/markdown", "") for o in outputs)
+
+
+def test_notebook_probes_a_checkpoint(run):
+    config = AaSPConfig.preset("tiny", depth=1)
+    saved = save_encoder(build_encoder(config), config, run.home / "model")
+    data = write_clips(run.home / "clips", per_class=6, seed=0, seconds=0.5)
+    shown = texts(run(data=str(data), checkpoint=str(saved), steps="50", seeds="3,4", run_dir=str(run.home / "p"), dataset="made"))
+    assert "**made**, paper/us8k" in shown and "| last step | **" in shown and "looks at the test score" in shown
+    assert '"steps": 50' in shown and "Hardest classes" in shown
+    results = json.loads((run.home / "p" / "results.json").read_text())
+    rows = read_results(run.home / "results.csv")
+    assert [r["value"] for r in rows] == [r["value"] for r in results["rows"]] and len(rows) == 2 * 3
+    assert {r["checkpoint"] for r in rows} == {open_model(saved).fingerprint} and {r["seed"] for r in rows} == {3, 4}
+    assert "-p steps 50" in rows[0]["command"] and rows[0]["revision"] and json.loads(rows[0]["settings"])["seeds"] == [3, 4]
+    assert results["summaries"]["last"]["low"] <= results["summaries"]["last"]["mean"] <= results["summaries"]["last"]["high"]
+
+
+@pytest.mark.parametrize("parameters,message", [
+    (dict(step=5), "did you mean 'steps'"),
+    pytest.param(dict(steps="many"), "steps must be", marks=pytest.mark.slow),
+    pytest.param(dict(benchmark="esc5"), "did you mean 'esc50'", marks=pytest.mark.slow)])
+def test_notebook_refuses_before_any_work(run, parameters, message):
+    import papermill
+    with pytest.raises(papermill.PapermillExecutionError, match=message): run(**parameters)
+    assert not (run.home / "runs").exists() and not (run.home / "cache").exists()
+
+
+def test_teacher_and_student_are_told_apart(tmp_path):
+    config = AaSPConfig.preset("tiny", depth=1)
+    saved = save_encoder(build_encoder(config), config, tmp_path / "model")
+    with pytest.raises(ValueError, match="teacher"): open_model(saved, which="pupil")
+
+
+def test_folds_and_split_agree_on_what_is_tested(tmp_path):
+    m = Manifest.open(write_clips(tmp_path / "clips", per_class=10, seed=0, seconds=0.5))
+    options = dict(steps=30, evaluations=3, seeds=(0,), cache=tmp_path / "cache", device="cpu")
+    by_split, _ = run_probe("logmel", m, use="split", **options)
+    by_fold, record = run_probe("logmel", m, use="folds", **options)
+    assert probe_summary(by_fold)["n"] == len(m) and record["summaries"]["last"]["folds"] == len(m.values("fold"))
+    assert probe_summary(by_split)["n"] == m.columns["split"].count("test")
+
+
+def test_a_few_real_clips(real_data):
+    "Spoken digits or another small folder: log-mel statistics are well above chance and below perfection."
+    folder = next((real_data / n for n in ("fsdd", "instrument_family", "ravdess") if (real_data / n / "manifest.csv").is_file()), None)
+    if folder is None: pytest.skip("SKIPPED: no fsdd, instrument_family or ravdess in AASP_DATA")
+    m = Manifest.open(folder)
+    keep = np.concatenate([np.flatnonzero(np.array(m.columns["split"]) == s)[::6] for s in ("train", "test")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, record = run_probe("modulation", m.take(keep), steps=300, cache=None, device="cpu", use="split")
+    chance = 1 / len(record["classes"])
+    assert record["unreadable"] == 0 and 2 * chance < record["summaries"]["last"]["mean"] < 1, record["summaries"]
