@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LANES', 'STEP', 'POWER_RE', 'POWER_IM', 'SLOPE_RE', 'SLOPE_IM', 'LAST_RE', 'LAST_IM', 'GAIN', 'GAIN_ALPHA',
-           'GAIN_BETA', 'TABLE_ROWS', 'ALPHA', 'BETA', 'EXP', 'SIN', 'COS', 'WORK', 'WORK_ROWS', 'workers',
-           'compile_lock', 'BACKENDS', 'window_sums', 'adjoint_sums', 'window_sums_direct', 'adjoint_sums_direct',
-           'patch_forward', 'gain_gradients', 'patch_backward', 'patch_windows', 'guarded_forward', 'guarded_backward',
-           'torch_forward', 'torch_backward', 'compiled', 'lane_exp', 'lane_sincos', 'lane_powers', 'lane_slopes',
-           'lane_gains', 'load_tile', 'store_tile', 'horner_step', 'horner_step_back', 'first_window', 'slope_step',
-           'slope_step_back', 'first_slopes', 'slide', 'slide_slopes', 'not_finite', 'magnitudes', 'frame_gradients',
-           'turn', 'quiet_stretch', 'adjoint_enter', 'adjoint_leave', 'adjoint_slide', 'direct_taps', 'direct_sums',
+           'GAIN_BETA', 'TABLE_ROWS', 'ALPHA', 'BETA', 'EXP', 'SIN', 'COS', 'FINAL', 'SQUARE', 'WORK_RE', 'WORK_IM',
+           'WORK_ROWS', 'workers', 'compile_lock', 'BACKENDS', 'window_sums', 'adjoint_sums', 'window_sums_direct',
+           'adjoint_sums_direct', 'patch_forward', 'gain_gradients', 'patch_backward', 'patch_windows',
+           'guarded_forward', 'guarded_backward', 'torch_forward', 'torch_backward', 'compiled', 'inlined', 'lane_exp',
+           'lane_sincos', 'lane_product', 'last_power', 'lane_powers', 'lane_slopes', 'lane_gains', 'load_tile',
+           'store_tile', 'horner_step', 'horner_step_back', 'first_window', 'slope_step', 'slope_step_back',
+           'first_slopes', 'slide', 'slide_slopes', 'not_finite', 'magnitudes', 'frame_gradients', 'turn',
+           'quiet_stretch', 'adjoint_enter', 'adjoint_leave', 'adjoint_slide', 'direct_taps', 'direct_sums',
            'direct_outputs', 'direct_gradients', 'cpu_forward', 'patch_gradients', 'cpu_backward', 'WorkerPool',
            'ready_kernel', 'numba_call', 'all_tokens', 'visible_tokens', 'last_backend', 'use_backend', 'asked_backend',
            'pick_backend', 'working', 'adaptive_sblu_op', 'dense_geometry', 'adaptive_sblu_backward_op', 'save_dense',
@@ -172,42 +173,46 @@ SLOPE_RE, SLOPE_IM = 2 * STEP + 2, 3 * STEP + 2
 LAST_RE, LAST_IM = 4 * STEP + 2, 4 * STEP + 3
 GAIN, GAIN_ALPHA, GAIN_BETA = 4 * STEP + 4, 4 * STEP + 5, 4 * STEP + 6
 TABLE_ROWS = 4 * STEP + 7
-# rows of the float64 work space: alpha, beta, exp(delta alpha / 2), sin and cos(delta beta / 2), then powers as above
-ALPHA, BETA, EXP, SIN, COS, WORK = 0, 1, 2, 3, 4, 5
-WORK_ROWS = WORK + 2 * STEP + 2
+# rows of the float64 work space: alpha, beta, exp(delta alpha / 2), sin and cos(delta beta / 2), r^(c+1), a square, powers
+ALPHA, BETA, EXP, SIN, COS, FINAL, SQUARE = 0, 1, 2, 3, 4, 5, 7
+WORK_RE, WORK_IM, WORK_ROWS = 9, 10 + STEP, 11 + 2 * STEP
 
 # %% ../nbs/02a_sblu_ops.ipynb #4d24460d
-def compiled(function):
+def compiled(function, inline="never"):
     "Compile by numba, releasing the interpreter lock; cached on disk where that is possible; unchanged without numba."
     if numba is None: return function
-    options = dict(nogil=True, fastmath={"contract"}, error_model="numpy")
+    options = dict(nogil=True, fastmath={"contract"}, error_model="numpy", inline=inline)
     try: return numba.njit(cache=True, **options)(function)
     except RuntimeError: return numba.njit(**options)(function)  # source without a file, or nowhere to write
 
+def inlined(function):
+    "`compiled`, and copied into its callers."
+    return compiled(function, "always")
+
 # %% ../nbs/02a_sblu_ops.ipynb #a6315253
 @compiled
-def lane_exp(work, bits, src, dst, scale):
-    "work[dst] = exp(scale * work[src]), argument held to at most 700; rows of LANES."
+def lane_exp(work, bits, power, scale):
+    "work[EXP] = exp(scale * work[ALPHA]), argument held to +-700; `power` is `bits` viewed as float64."
     magic = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to a whole number kept in the low bits
-    power = bits.view(np.float64)
     for l in range(LANES):
-        x = min(work[src * LANES + l] * scale, 700.0)
-        x = -700.0 if x < -700.0 else x
-        power[l] = x * 1.4426950408889634 + magic
-        n = power[l] - magic
+        x = work[ALPHA * LANES + l] * scale
+        x = 700.0 if x > 700.0 else (-700.0 if x < -700.0 else x)
+        n = x * 1.4426950408889634 + magic
+        power[l] = n
+        n -= magic
         f = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10
-        p = 1.0 + f / 13
+        p = 1.0 + f * (1.0 / 13)
         for j in range(12): p = 1.0 + f * p * (1.0 / (12 - j))
-        work[dst * LANES + l] = p
+        work[EXP * LANES + l] = p
     for l in range(LANES): bits[l] = (bits[l] + 1023) << 52
-    for l in range(LANES): work[dst * LANES + l] *= power[l]
+    for l in range(LANES): work[EXP * LANES + l] *= power[l]
 
 # %% ../nbs/02a_sblu_ops.ipynb #a11de60c
 @compiled
-def lane_sincos(work, src, scale):
-    "work[SIN], work[COS] = sine, cosine of scale * work[src]; rows of LANES."
+def lane_sincos(work, scale):
+    "work[SIN], work[COS] = sine, cosine of scale * work[BETA]; rows of LANES."
     for l in range(LANES):
-        x = work[src * LANES + l] * scale
+        x = work[BETA * LANES + l] * scale
         n = math.floor(x * 0.6366197723675814 + 0.5)
         f = ((x - n * 1.5707963267341256) - n * 6.077100506303966e-11) - n * 2.0222662487959506e-21
         z, s, c = f * f, 1.0, 1.0
@@ -221,42 +226,64 @@ def lane_sincos(work, src, scale):
         work[COS * LANES + l] = -cosine if quarter == 1 or quarter == 2 else cosine
 
 # %% ../nbs/02a_sblu_ops.ipynb #e8aa39bb
+@inlined
+def lane_product(work, a, b, to):
+    "Complex rows (re, im one after the other): work[to] = work[a] * work[b]."
+    x, y, z = work[a * LANES:(a + 2) * LANES], work[b * LANES:(b + 2) * LANES], work[to * LANES:(to + 2) * LANES]
+    for l in range(LANES):
+        ar, ai, br, bi = x[l], x[LANES + l], y[l], y[LANES + l]
+        z[l], z[LANES + l] = ar * br - ai * bi, ar * bi + ai * br
+
+# %% ../nbs/02a_sblu_ops.ipynb #923c8d62
 @compiled
-def lane_powers(alpha, beta, at, stride, lanes, delta, c, work, bits, table):
+def last_power(count, work):
+    "work[FINAL] = r^count = (r^STEP)^n r^rest, by squaring."
+    n, rest = count // STEP, count % STEP
+    row_re, row_im = work[(WORK_RE + rest) * LANES:(WORK_RE + rest + 1) * LANES], work[(WORK_IM + rest) * LANES:(WORK_IM + rest + 1) * LANES]
+    for l in range(LANES):
+        work[FINAL * LANES + l], work[(FINAL + 1) * LANES + l] = row_re[l], row_im[l]
+        work[SQUARE * LANES + l] = work[(WORK_RE + STEP) * LANES + l]
+        work[(SQUARE + 1) * LANES + l] = work[(WORK_IM + STEP) * LANES + l]
+    while n > 0:
+        if n & 1: lane_product(work, FINAL, SQUARE, FINAL)
+        n >>= 1
+        if n > 0: lane_product(work, SQUARE, SQUARE, SQUARE)
+
+# %% ../nbs/02a_sblu_ops.ipynb #fe792abc
+@compiled
+def lane_powers(alpha, beta, at, stride, lanes, delta, c, work, bits, power, table):
     "Fill the powers of r = exp(-delta lam) and r^(c+1) for the lanes' parameters alpha[at + l stride]."
     for l in range(LANES):
         k = at + min(l, lanes - 1) * stride
         work[ALPHA * LANES + l], work[BETA * LANES + l] = alpha[k], beta[k]
-    lane_exp(work, bits, ALPHA, EXP, delta / 2)
-    lane_sincos(work, BETA, delta / 2)
-    re, im = work[WORK * LANES:], work[(WORK + STEP + 1) * LANES:]
+    lane_exp(work, bits, power, delta / 2)
+    lane_sincos(work, delta / 2)
     for l in range(LANES):
         e, s, k = 1 / work[EXP * LANES + l], work[SIN * LANES + l], work[COS * LANES + l]
-        re[l], im[l] = 1, 0
-        re[LANES + l], im[LANES + l] = e * e * (1 - 2 * s * s), -2 * e * e * s * k
-    for j in range(2, STEP + 1):
-        h, k = (j // 2) * LANES, (j - j // 2) * LANES
-        for l in range(LANES):
-            re[j * LANES + l] = re[h + l] * re[k + l] - im[h + l] * im[k + l]
-            im[j * LANES + l] = re[h + l] * im[k + l] + im[h + l] * re[k + l]
-    n, rest, full = (c + 1) // STEP, (c + 1) % STEP * LANES, STEP * LANES
-    for l in range(LANES):  # (r^STEP)^n r^rest by squaring
-        wr, wi, pr, pi, m = re[rest + l], im[rest + l], re[full + l], im[full + l], n
-        while m > 0:
-            if m & 1: wr, wi = wr * pr - wi * pi, wr * pi + wi * pr
-            pr, pi, m = pr * pr - pi * pi, 2 * pr * pi, m >> 1
+        work[WORK_RE * LANES + l], work[WORK_IM * LANES + l] = 1, 0
+        work[(WORK_RE + 1) * LANES + l], work[(WORK_IM + 1) * LANES + l] = e * e * (1 - 2 * s * s), -2 * e * e * s * k
+    for l in range(LANES):
+        for j in range(2, STEP + 1):
+            h, k = j // 2, j - j // 2
+            ar, ai = work[(WORK_RE + h) * LANES + l], work[(WORK_IM + h) * LANES + l]
+            br, bi = work[(WORK_RE + k) * LANES + l], work[(WORK_IM + k) * LANES + l]
+            work[(WORK_RE + j) * LANES + l], work[(WORK_IM + j) * LANES + l] = ar * br - ai * bi, ar * bi + ai * br
+    last_power(c + 1, work)
+    powers = work[WORK_RE * LANES:(WORK_IM + STEP + 1) * LANES]
+    for i in range(2 * (STEP + 1) * LANES): table[i] = powers[i] if abs(powers[i]) > 1e-30 else 0.0
+    for l in range(LANES):
+        wr, wi = work[FINAL * LANES + l], work[(FINAL + 1) * LANES + l]
         table[LAST_RE * LANES + l] = wr if abs(wr) > 1e-30 else 0.0
         table[LAST_IM * LANES + l] = wi if abs(wi) > 1e-30 else 0.0
-    for i in range(2 * (STEP + 1) * LANES): table[i] = re[i] if abs(re[i]) > 1e-30 else 0.0
 
 # %% ../nbs/02a_sblu_ops.ipynb #53ff9d93
 @compiled
 def lane_slopes(table):
     "Fill j r^j for j < STEP."
-    for j in range(STEP):
-        w = table.dtype.type(j)
-        for l in range(LANES): table[(SLOPE_RE + j) * LANES + l] = w * table[(POWER_RE + j) * LANES + l]
-        for l in range(LANES): table[(SLOPE_IM + j) * LANES + l] = w * table[(POWER_IM + j) * LANES + l]
+    for l in range(LANES):
+        for j in range(STEP):
+            table[(SLOPE_RE + j) * LANES + l] = j * table[(POWER_RE + j) * LANES + l]
+            table[(SLOPE_IM + j) * LANES + l] = j * table[(POWER_IM + j) * LANES + l]
 
 # %% ../nbs/02a_sblu_ops.ipynb #d22fc3c7
 @compiled
@@ -303,7 +330,7 @@ def store_tile(tile, target, base, stride, lanes, frames, c):
         for t in range(frames): row[t] = inner[t * LANES + l]
 
 # %% ../nbs/02a_sblu_ops.ipynb #bd8e8200
-@compiled
+@inlined
 def horner_step(v, table, state):
     "state = r^STEP state + sum_j r^j v[j] over the STEP rows of v."
     for l in range(LANES):
@@ -319,7 +346,7 @@ def horner_step(v, table, state):
         state[LANES + l] = ai + (pr * si + pi * sr)
 
 # %% ../nbs/02a_sblu_ops.ipynb #689505f8
-@compiled
+@inlined
 def horner_step_back(v, table, state):
     "`horner_step` with the rows of v taken from the last to the first."
     for l in range(LANES):
@@ -355,7 +382,7 @@ def first_window(tile, frame, side, taps, sign, table, state):
     for l in range(LANES): state[LANES + l] *= sign
 
 # %% ../nbs/02a_sblu_ops.ipynb #0d1f465d
-@compiled
+@inlined
 def slope_step(v, table, state):
     "`horner_step` for the sum and its slope: state holds re, im, slope re, slope im."
     for l in range(LANES):
@@ -377,7 +404,7 @@ def slope_step(v, table, state):
         state[3 * LANES + l] = bi + (pr * di + pi * dr)
 
 # %% ../nbs/02a_sblu_ops.ipynb #84915cd6
-@compiled
+@inlined
 def slope_step_back(v, table, state):
     "`slope_step` with the rows of v taken from the last to the first."
     for l in range(LANES):
@@ -424,35 +451,48 @@ def first_slopes(tile, frame, side, taps, sign, table, state):
 
 # %% ../nbs/02a_sblu_ops.ipynb #04498c73
 @compiled
-def slide(tile, frame, side, P, c, sign, table, sums):
-    "Fill sums (re, im rows per frame) from the first window in its rows 0 and 1, walking to `side` = -1 or +1."
+def slide(tile, frame, P, c, sign, table, sums):
+    "Fill the steps of `sums` from the first windows in step 0; `frame` is the patch's first."
     for i in range(1, P):
-        enters, leaves = frame + side * i, frame + side * (i - 1 - c)
-        new, old = tile[enters * LANES:(enters + 1) * LANES], tile[leaves * LANES:(leaves + 1) * LANES]
-        before, now = sums[2 * (i - 1) * LANES:2 * i * LANES], sums[2 * i * LANES:2 * (i + 1) * LANES]
+        a, b = (frame + i) * LANES, (frame + P - 1 - i) * LANES
+        new_l, old_l = tile[a:a + LANES], tile[a - (c + 1) * LANES:a - c * LANES]
+        new_r, old_r = tile[b:b + LANES], tile[b + (c + 1) * LANES:b + (c + 2) * LANES]
+        v = sums[4 * (i - 1) * LANES:4 * (i + 1) * LANES]
         for l in range(LANES):
-            sr, si, x = before[l], before[LANES + l], old[l]
-            pr, pi = table[(POWER_RE + 1) * LANES + l], table[(POWER_IM + 1) * LANES + l] * sign
-            now[l] = new[l] + (pr * sr - pi * si) - table[LAST_RE * LANES + l] * x
-            now[LANES + l] = pr * si + pi * sr - sign * (table[LAST_IM * LANES + l] * x)
+            pr, pi = table[(POWER_RE + 1) * LANES + l], table[(POWER_IM + 1) * LANES + l]
+            qr, qi = table[LAST_RE * LANES + l], table[LAST_IM * LANES + l]
+            sr, si, x = v[l], v[LANES + l], old_l[l]
+            v[4 * LANES + l] = new_l[l] + (pr * sr - sign * pi * si) - qr * x
+            v[5 * LANES + l] = pr * si + sign * pi * sr - sign * (qi * x)
+            sr, si, x = v[2 * LANES + l], v[3 * LANES + l], old_r[l]
+            v[6 * LANES + l] = new_r[l] + (pr * sr - pi * si) - qr * x
+            v[7 * LANES + l] = pr * si + pi * sr - qi * x
 
 # %% ../nbs/02a_sblu_ops.ipynb #171545d6
 @compiled
-def slide_slopes(tile, frame, side, P, c, sign, table, sums):
-    "`slide` with the slopes: four rows per frame."
+def slide_slopes(tile, frame, P, c, sign, table, sums):
+    "`slide` with the slopes: re, im, slope re, slope im of either side."
     for i in range(1, P):
-        enters, leaves = frame + side * i, frame + side * (i - 1 - c)
-        new, old = tile[enters * LANES:(enters + 1) * LANES], tile[leaves * LANES:(leaves + 1) * LANES]
-        before, now = sums[4 * (i - 1) * LANES:4 * i * LANES], sums[4 * i * LANES:4 * (i + 1) * LANES]
+        a, b = (frame + i) * LANES, (frame + P - 1 - i) * LANES
+        new_l, old_l = tile[a:a + LANES], tile[a - (c + 1) * LANES:a - c * LANES]
+        new_r, old_r = tile[b:b + LANES], tile[b + (c + 1) * LANES:b + (c + 2) * LANES]
+        v = sums[8 * (i - 1) * LANES:8 * (i + 1) * LANES]
         for l in range(LANES):
-            sr, si, x = before[l], before[LANES + l], old[l]
-            dr, di = before[2 * LANES + l] + sr, before[3 * LANES + l] + si
-            pr, pi = table[(POWER_RE + 1) * LANES + l], table[(POWER_IM + 1) * LANES + l] * sign
+            pr, pi = table[(POWER_RE + 1) * LANES + l], table[(POWER_IM + 1) * LANES + l]
+            sr, si, x = v[l], v[LANES + l], old_l[l]
+            dr, di = v[2 * LANES + l] + sr, v[3 * LANES + l] + si
             qr, qi = table[LAST_RE * LANES + l] * x, sign * (table[LAST_IM * LANES + l] * x)
-            now[l] = new[l] + (pr * sr - pi * si) - qr
-            now[LANES + l] = pr * si + pi * sr - qi
-            now[2 * LANES + l] = pr * dr - pi * di - (c + 1) * qr
-            now[3 * LANES + l] = pr * di + pi * dr - (c + 1) * qi
+            v[8 * LANES + l] = new_l[l] + (pr * sr - sign * pi * si) - qr
+            v[9 * LANES + l] = pr * si + sign * pi * sr - qi
+            v[10 * LANES + l] = pr * dr - sign * pi * di - (c + 1) * qr
+            v[11 * LANES + l] = pr * di + sign * pi * dr - (c + 1) * qi
+            sr, si, x = v[4 * LANES + l], v[5 * LANES + l], old_r[l]
+            dr, di = v[6 * LANES + l] + sr, v[7 * LANES + l] + si
+            qr, qi = table[LAST_RE * LANES + l] * x, table[LAST_IM * LANES + l] * x
+            v[12 * LANES + l] = new_r[l] + (pr * sr - pi * si) - qr
+            v[13 * LANES + l] = pr * si + pi * sr - qi
+            v[14 * LANES + l] = pr * dr - pi * di - (c + 1) * qr
+            v[15 * LANES + l] = pr * di + pi * dr - (c + 1) * qi
 
 # %% ../nbs/02a_sblu_ops.ipynb #e4c6d338
 @compiled
@@ -464,10 +504,11 @@ def not_finite(values, count):
 
 # %% ../nbs/02a_sblu_ops.ipynb #97a99003
 @compiled
-def magnitudes(tile, frame, P, table, left, right, out):
+def magnitudes(tile, frame, P, table, sums, out):
     "out[i] = gain |left + right - u| for the P frames."
     for i in range(P):
-        a, b = left[2 * i * LANES:2 * (i + 1) * LANES], right[2 * (P - 1 - i) * LANES:2 * (P - i) * LANES]
+        a, k = sums[4 * i * LANES:(4 * i + 2) * LANES], 4 * (P - 1 - i) + 2
+        b = sums[k * LANES:(k + 2) * LANES]
         u, o = tile[(frame + i) * LANES:(frame + i + 1) * LANES], out[i * LANES:(i + 1) * LANES]
         for l in range(LANES):
             yr, yi = abs(a[l] + b[l] - u[l]), abs(a[LANES + l] + b[LANES + l])
@@ -477,11 +518,12 @@ def magnitudes(tile, frame, P, table, left, right, out):
 
 # %% ../nbs/02a_sblu_ops.ipynb #8acb03c0
 @compiled
-def frame_gradients(tile, frame, P, sign, table, left, right, dy, g, acc):
+def frame_gradients(tile, frame, P, sign, table, sums, dy, g, acc):
     "g = gradient of each frame's complex sum (re, im rows); acc = rows of sum dy |Y|, d alpha / delta, d beta / delta."
     for i in range(3 * LANES): acc[i] = 0
     for i in range(P):
-        a, b = left[4 * i * LANES:4 * (i + 1) * LANES], right[4 * (P - 1 - i) * LANES:4 * (P - i) * LANES]
+        a, k = sums[8 * i * LANES:(8 * i + 4) * LANES], 8 * (P - 1 - i) + 4
+        b = sums[k * LANES:(k + 4) * LANES]
         u, d = tile[(frame + i) * LANES:(frame + i + 1) * LANES], dy[i * LANES:(i + 1) * LANES]
         out = g[2 * i * LANES:2 * (i + 1) * LANES]
         for l in range(LANES):
@@ -499,7 +541,7 @@ def frame_gradients(tile, frame, P, sign, table, left, right, dy, g, acc):
             acc[2 * LANES + l] += gr * (b[3 * LANES + l] + sign * a[3 * LANES + l]) - gi * (b[2 * LANES + l] + sign * a[2 * LANES + l])
 
 # %% ../nbs/02a_sblu_ops.ipynb #ddeff93e
-@compiled
+@inlined
 def turn(table, power, sign, state):
     "state = r^power state, the conjugate of r where `sign` is -1."
     for l in range(LANES):
@@ -533,7 +575,7 @@ def quiet_stretch(du, row, side, count, sign, table, state):
         turn(table, 1, sign, state)
 
 # %% ../nbs/02a_sblu_ops.ipynb #227789e2
-@compiled
+@inlined
 def adjoint_enter(v, g, sign, table, state):
     "A gradient enters: state += conj(g), v += Re(state), state = r state."
     for l in range(LANES):
@@ -543,7 +585,7 @@ def adjoint_enter(v, g, sign, table, state):
         state[l], state[LANES + l] = pr * er - pi * ei, pr * ei + pi * er
 
 # %% ../nbs/02a_sblu_ops.ipynb #3a802e1a
-@compiled
+@inlined
 def adjoint_leave(v, g, sign, table, state):
     "A gradient leaves: state -= r^(c+1) conj(g), v += Re(state), state = r state."
     for l in range(LANES):
@@ -576,8 +618,8 @@ def adjoint_slide(du, frame, side, P, c, sign, table, g, state):
 
 # %% ../nbs/02a_sblu_ops.ipynb #ba7fb051
 @compiled
-def direct_taps(table, c, sign, taps):
-    "Rows of taps: |m| = 0 .. c, each (re, im of what looks ahead); what looks back has its imaginary part times `sign`."
+def direct_taps(table, c, taps):
+    "Rows (re, im) of taps: r^m for m = 0 .. c."
     for l in range(LANES): taps[l], taps[LANES + l] = 1, 0
     for m in range(1, c + 1):
         for l in range(LANES):
@@ -644,42 +686,41 @@ def cpu_forward(u, alpha, beta, y, low, high, slot, patch, geometry, delta, sign
     groups, units, frames, P, c, items = geometry[:6]
     clip_in, unit_in, slot_in, clip_out, unit_out, slot_out = geometry[6:]
     table, tile = np.zeros(TABLE_ROWS * LANES, u.dtype), np.empty((frames + 2 * c) * LANES, u.dtype)
-    left, right = np.empty(2 * P * LANES, u.dtype), np.empty(2 * P * LANES, u.dtype)
+    sums = np.empty(4 * P * LANES, u.dtype)
     out, work, bits = np.empty(P * LANES, u.dtype), np.empty(WORK_ROWS * LANES), np.empty(LANES, np.int64)
+    power = bits.view(np.float64)
     for item in range(start, stop):
         group, unit = item // items, item % items * LANES
         lanes, clip = min(LANES, units - unit), group // groups
         if high[group] > low[group]: load_tile(u, (group * units + unit) * frames, frames, lanes, frames, c, tile)
         for i in range(low[group], high[group]):
             s = patch[i] * P + c
-            lane_powers(alpha, beta, clip * clip_in + unit * unit_in + slot[i] * slot_in, unit_in, lanes, delta, c, work, bits, table)
+            lane_powers(alpha, beta, clip * clip_in + unit * unit_in + slot[i] * slot_in, unit_in, lanes, delta, c, work, bits, power, table)
             lane_gains(work, delta, table)
-            first_window(tile, s, -1, c + 1, sign, table, left)
-            slide(tile, s, 1, P, c, sign, table, left)
-            first_window(tile, s + P - 1, 1, c + 1, 1.0, table, right)
-            slide(tile, s + P - 1, -1, P, c, 1.0, table, right)
-            magnitudes(tile, s, P, table, left, right, out)
-            if not_finite(left[2 * (P - 1) * LANES:], 2 * LANES) or not_finite(right[2 * (P - 1) * LANES:], 2 * LANES):
-                taps, sums = np.empty(2 * (c + 1) * LANES, u.dtype), np.empty(6 * P * LANES, u.dtype)
-                direct_taps(table, c, sign, taps)
-                direct_sums(tile, s, P, c, sign, taps, sums)
-                direct_outputs(P, table, sums, out)
+            first_window(tile, s, -1, c + 1, sign, table, sums)
+            first_window(tile, s + P - 1, 1, c + 1, 1.0, table, sums[2 * LANES:])
+            slide(tile, s, P, c, sign, table, sums)
+            magnitudes(tile, s, P, table, sums, out)
+            if not_finite(sums[4 * (P - 1) * LANES:], 4 * LANES):
+                taps, rows = np.empty(2 * (c + 1) * LANES, u.dtype), np.empty(6 * P * LANES, u.dtype)
+                direct_taps(table, c, taps)
+                direct_sums(tile, s, P, c, sign, taps, rows)
+                direct_outputs(P, table, rows, out)
             store_tile(out, y, clip * clip_out + unit * unit_out + slot[i] * slot_out, unit_out, lanes, P, 0)
 
 # %% ../nbs/02a_sblu_ops.ipynb #6b131c96
 @compiled
-def patch_gradients(tile, dtile, s, P, c, delta, sign, table, left, right, g, state, dy, acc):
+def patch_gradients(tile, dtile, s, P, c, delta, sign, table, sums, g, state, dy, acc):
     "Backward pass of one patch of 16 lanes: adds to dtile, fills acc."
-    first_slopes(tile, s, -1, c + 1, sign, table, left)
-    slide_slopes(tile, s, 1, P, c, sign, table, left)
-    first_slopes(tile, s + P - 1, 1, c + 1, 1.0, table, right)
-    slide_slopes(tile, s + P - 1, -1, P, c, 1.0, table, right)
-    frame_gradients(tile, s, P, sign, table, left, right, dy, g, acc)
-    if not_finite(left[4 * (P - 1) * LANES:], 4 * LANES) or not_finite(right[4 * (P - 1) * LANES:], 4 * LANES) or not_finite(g, 2 * P * LANES):
-        taps, sums = np.empty(2 * (c + 1) * LANES, tile.dtype), np.empty(6 * P * LANES, tile.dtype)
-        direct_taps(table, c, sign, taps)
-        direct_sums(tile, s, P, c, sign, taps, sums)
-        direct_gradients(dtile, s, P, c, sign, table, taps, sums, dy, acc)
+    first_slopes(tile, s, -1, c + 1, sign, table, sums)
+    first_slopes(tile, s + P - 1, 1, c + 1, 1.0, table, sums[4 * LANES:])
+    slide_slopes(tile, s, P, c, sign, table, sums)
+    frame_gradients(tile, s, P, sign, table, sums, dy, g, acc)
+    if not_finite(sums[8 * (P - 1) * LANES:], 8 * LANES) or not_finite(g, 2 * P * LANES):
+        taps, rows = np.empty(2 * (c + 1) * LANES, tile.dtype), np.empty(6 * P * LANES, tile.dtype)
+        direct_taps(table, c, taps)
+        direct_sums(tile, s, P, c, sign, taps, rows)
+        direct_gradients(dtile, s, P, c, sign, table, taps, rows, dy, acc)
         return
     adjoint_slide(dtile, s + P - 1, -1, P, c, sign, table, g, state)
     adjoint_slide(dtile, s, 1, P, c, 1.0, table, g, state)
@@ -694,9 +735,10 @@ def cpu_backward(u, alpha, beta, dy, du, da, db, low, high, slot, patch, geometr
     groups, units, frames, P, c, items = geometry[:6]
     clip_in, unit_in, slot_in, clip_out, unit_out, slot_out = geometry[6:]
     table, tile = np.zeros(TABLE_ROWS * LANES, u.dtype), np.empty((frames + 2 * c) * LANES, u.dtype)
-    left, right = np.empty(4 * P * LANES, u.dtype), np.empty(4 * P * LANES, u.dtype)
+    sums = np.empty(8 * P * LANES, u.dtype)
     g, state, acc = np.empty(2 * P * LANES, u.dtype), np.empty(2 * LANES, u.dtype), np.empty(3 * LANES, u.dtype)
     out, work, bits = np.empty(P * LANES, u.dtype), np.empty(WORK_ROWS * LANES), np.empty(LANES, np.int64)
+    power = bits.view(np.float64)
     dtile = np.empty((frames + 2 * c) * LANES, u.dtype)
     for item in range(start, stop):
         group, unit = item // items, item % items * LANES
@@ -705,11 +747,11 @@ def cpu_backward(u, alpha, beta, dy, du, da, db, low, high, slot, patch, geometr
         dtile[:] = 0
         for i in range(low[group], high[group]):
             at = clip * clip_in + unit * unit_in + slot[i] * slot_in
-            lane_powers(alpha, beta, at, unit_in, lanes, delta, c, work, bits, table)
+            lane_powers(alpha, beta, at, unit_in, lanes, delta, c, work, bits, power, table)
             lane_slopes(table)
             lane_gains(work, delta, table)
             load_tile(dy, clip * clip_out + unit * unit_out + slot[i] * slot_out, unit_out, lanes, P, 0, out)
-            patch_gradients(tile, dtile, patch[i] * P + c, P, c, delta, sign, table, left, right, g, state, out, acc)
+            patch_gradients(tile, dtile, patch[i] * P + c, P, c, delta, sign, table, sums, g, state, out, acc)
             for l in range(lanes):
                 da[at + l * unit_in] = delta * acc[LANES + l] + acc[l] * table[GAIN_ALPHA * LANES + l]
                 db[at + l * unit_in] = delta * acc[2 * LANES + l] + acc[l] * table[GAIN_BETA * LANES + l]
