@@ -469,11 +469,11 @@ def _order(run, batch):
 # %% ../nbs/13_probing.ipynb #28067313
 def _initial(runs, D, C):
     "Weights [R, D, C] and biases [R, 1, C], uniform as in `nn.Linear`, from each run's own generator."
-    W, b = torch.empty(len(runs), D, C), torch.empty(len(runs), 1, C)
+    W, b = np.empty((len(runs), D, C), np.float32), np.empty((len(runs), 1, C), np.float32)
     for r, run in enumerate(runs):
-        g = torch.Generator().manual_seed(sum(k << s for k, s in zip(_seeds(run.seed, run.fold), (32, 0))))
-        W[r].uniform_(-D ** -0.5, D ** -0.5, generator=g), b[r].uniform_(-D ** -0.5, D ** -0.5, generator=g)
-    return W, b
+        rng = np.random.default_rng(_seeds(run.seed, run.fold))
+        W[r], b[r] = (rng.uniform(-D ** -0.5, D ** -0.5, t.shape[1:]) for t in (W, b))
+    return torch.from_numpy(W), torch.from_numpy(b)
 
 
 def _statistics(x, runs):

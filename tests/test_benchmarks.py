@@ -1,10 +1,9 @@
 """Benchmarks at their full size, with files of one byte; results written by several processes at once."""
-import subprocess
-import sys
+import multiprocessing
 
 import pytest
 
-from aasp_nb.benchmarks import BENCHMARKS, BenchmarkError, load_benchmark, read_results
+from aasp_nb.benchmarks import BENCHMARKS, BenchmarkError, append_results, load_benchmark, read_results
 
 
 def put(path):
@@ -48,12 +47,19 @@ def test_complete_benchmark_is_complete(tmp_path, name, make):
     assert not report.complete and len(report.missing) == 1
 
 
+def append_many(table, worker):
+    "What one of several processes does."
+    for _ in range(20):
+        rows = [dict(seed=s, value=.5, n=1, metric="accuracy", dataset=str(worker) * 200) for s in range(5)]
+        append_results(table, rows, revision="r")
+
+
 def test_results_of_many_processes_keep_whole_rows(tmp_path):
-    code = ("import sys; from aasp_nb.benchmarks import append_results\n"
-            "for k in range(20): append_results(sys.argv[1], [dict(seed=s, value=.5, n=1, metric='accuracy', "
-            "dataset=sys.argv[2] * 200) for s in range(5)], revision='r')")
     table = tmp_path / "sub" / "results.csv"
-    workers = [subprocess.Popen([sys.executable, "-c", code, str(table), str(w)]) for w in range(3)]
-    assert [w.wait(120) for w in workers] == [0, 0, 0]
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=append_many, args=(table, w)) for w in range(3)]
+    for w in workers: w.start()
+    for w in workers: w.join(120)
+    assert [w.exitcode for w in workers] == [0, 0, 0]
     rows = read_results(table)
     assert len(rows) == 300 and {r["dataset"] for r in rows} == {str(w) * 200 for w in range(3)}
