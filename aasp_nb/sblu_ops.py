@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['LANES', 'STEP', 'POWER_RE', 'POWER_IM', 'SLOPE_RE', 'SLOPE_IM', 'LAST_RE', 'LAST_IM', 'GAIN', 'GAIN_ALPHA',
            'GAIN_BETA', 'TABLE_ROWS', 'ALPHA', 'BETA', 'EXP', 'SIN', 'COS', 'FINAL', 'SQUARE', 'WORK_RE', 'WORK_IM',
-           'WORK_ROWS', 'workers', 'compile_lock', 'BACKENDS', 'window_sums', 'adjoint_sums', 'window_sums_direct',
-           'adjoint_sums_direct', 'patch_forward', 'gain_gradients', 'patch_backward', 'patch_windows',
-           'guarded_forward', 'guarded_backward', 'torch_forward', 'torch_backward', 'compiled', 'inlined', 'lane_exp',
-           'lane_sincos', 'lane_product', 'last_power', 'lane_powers', 'lane_slopes', 'lane_gains', 'load_tile',
-           'store_tile', 'horner_step', 'horner_step_back', 'first_window', 'slope_step', 'slope_step_back',
-           'first_slopes', 'slide', 'slide_slopes', 'not_finite', 'magnitudes', 'frame_gradients', 'turn',
-           'quiet_stretch', 'adjoint_enter', 'adjoint_leave', 'adjoint_slide', 'direct_taps', 'direct_sums',
+           'WORK_ROWS', 'workers', 'compile_lock', 'GPU_BLOCK', 'GPU_PROGRAMS', 'BACKENDS', 'window_sums',
+           'adjoint_sums', 'window_sums_direct', 'adjoint_sums_direct', 'patch_forward', 'gain_gradients',
+           'patch_backward', 'patch_windows', 'guarded_forward', 'guarded_backward', 'torch_forward', 'torch_backward',
+           'compiled', 'inlined', 'lane_exp', 'lane_sincos', 'lane_product', 'last_power', 'lane_powers', 'lane_slopes',
+           'lane_gains', 'load_tile', 'store_tile', 'horner_step', 'horner_step_back', 'first_window', 'slope_step',
+           'slope_step_back', 'first_slopes', 'slide', 'slide_slopes', 'not_finite', 'magnitudes', 'frame_gradients',
+           'turn', 'quiet_stretch', 'adjoint_enter', 'adjoint_leave', 'adjoint_slide', 'direct_taps', 'direct_sums',
            'direct_outputs', 'direct_gradients', 'cpu_forward', 'patch_gradients', 'cpu_backward', 'WorkerPool',
-           'ready_kernel', 'numba_call', 'all_tokens', 'visible_tokens', 'last_backend', 'use_backend', 'asked_backend',
-           'pick_backend', 'working', 'adaptive_sblu_op', 'dense_geometry', 'adaptive_sblu_backward_op', 'save_dense',
-           'dense_gradients', 'no_vmap', 'adaptive_sblu', 'gather_windows', 'patches_direct', 'torch_patches_backward',
-           'sparse_geometry', 'check_index', 'sblu_patches_op', 'sblu_patches_backward_op', 'save_sparse',
-           'sparse_gradients', 'check_patches', 'sblu_patches']
+           'ready_kernel', 'numba_call', 'jit', 'lane_row', 'lane_sample', 'lane_power', 'lane_gain', 'lane_size',
+           'lane_direct', 'gpu_forward', 'gpu_slide_left', 'gpu_gradients', 'gpu_adjoint', 'gpu_direct_backward',
+           'gpu_backward', 'triton_launch', 'triton_forward', 'triton_backward', 'all_tokens', 'visible_tokens',
+           'last_backend', 'use_backend', 'asked_backend', 'pick_backend', 'working', 'adaptive_sblu_op',
+           'dense_geometry', 'adaptive_sblu_backward_op', 'save_dense', 'dense_gradients', 'no_vmap', 'adaptive_sblu',
+           'gather_windows', 'patches_direct', 'torch_patches_backward', 'sparse_geometry', 'check_index',
+           'sblu_patches_op', 'sblu_patches_backward_op', 'save_sparse', 'sparse_gradients', 'check_patches',
+           'sblu_patches']
 
 # %% ../nbs/02a_sblu_ops.ipynb #de97563e
 import atexit
@@ -811,6 +814,293 @@ def numba_call(kernel, tensors, tokens, geometry, delta, phase):
     kernel = ready_kernel(kernel, (*args, 0, 1))
     workers.run(kernel, args, np.repeat(high - low + 1, geometry[5]))
 
+# %% ../nbs/02a_sblu_ops.ipynb #a3bbd0d1
+def jit(function):
+    "Compile by Triton; without Triton the plain function, never called."
+    return triton.jit(function) if triton else function
+
+if triton is None:
+    class tl: constexpr = None  # lets the kernels' annotations be read
+
+# %% ../nbs/02a_sblu_ops.ipynb #006f43f3
+@jit
+def lane_row(lane, ok, index, n_t, n_f, units, per_clip, SPARSE: tl.constexpr):
+    "Row of u and time patch of each lane; a token outside the grid is left out."
+    if SPARSE:
+        token = lane // units
+        where = tl.load(index + token, mask=ok, other=0)
+        ok = ok & (where >= 0) & (where < n_f * n_t)
+        row = ((token // per_clip) * n_f + where // n_t) * units + lane % units
+        return row, where % n_t, ok
+    else:
+        return lane // n_t, lane % n_t, ok
+
+# %% ../nbs/02a_sblu_ops.ipynb #61bd8d23
+@jit
+def lane_sample(u, row, at, T, ok, dtype: tl.constexpr):
+    "u[row, at], zero beyond the ends."
+    return tl.load(u + row * T + at, mask=ok & (at >= 0) & (at < T), other=0).to(dtype)
+
+# %% ../nbs/02a_sblu_ops.ipynb #0d887e8e
+@jit
+def lane_power(a, b, count):
+    "Real and imaginary part of exp(-count (a + jb))."
+    size = tl.exp(-a * count)
+    return size * tl.cos(b * count), -size * tl.sin(b * count)
+
+# %% ../nbs/02a_sblu_ops.ipynb #db47b0e8
+@jit
+def lane_gain(alpha, beta, delta):
+    "Gain of equation 4 and its derivatives for alpha and beta."
+    x, half = alpha * (delta / 2), delta / 2
+    e = tl.exp(x)
+    z = x * x
+    small = x * (1 + z / 6 * (1 + z / 20 * (1 + z / 42 * (1 + z / 72 * (1 + z / 110 * (1 + z / 156))))))
+    sh = tl.where(tl.abs(x) < 0.5, small, (e - 1 / e) / 2)
+    ch, s, k = (e + 1 / e) / 2, tl.sin(beta * half), tl.cos(beta * half)
+    high = tl.maximum(tl.abs(sh), tl.abs(s))
+    high = tl.where(high > 0, high, 1)
+    size = high * tl.sqrt((sh / high) * (sh / high) + (s / high) * (s / high))
+    lam2 = alpha * alpha + beta * beta
+    zero = lam2 == 0
+    size, safe = tl.where(zero, 1, size), tl.where(zero, 1, lam2)
+    g = 2 * size / tl.sqrt(safe)
+    ga = g * (half * (sh / size) * (ch / size) - alpha / safe)
+    gb = g * (half * (s / size) * (k / size) - beta / safe)
+    return tl.where(zero, delta, g), tl.where(zero, 0, ga), tl.where(zero, 0, gb)
+
+# %% ../nbs/02a_sblu_ops.ipynb #1d245c2b
+@jit
+def lane_size(re, im):
+    "Magnitude of a complex number and its phasor (0 where it is 0), without leaving the range of float32."
+    high = tl.maximum(tl.abs(re), tl.abs(im))
+    safe = tl.where(high == 0, 1, high)
+    x, y = re / safe, im / safe
+    root = tl.sqrt(x * x + y * y)
+    turn = tl.where(high == 0, 1, root)
+    bad = (re != re) | (im != im)  # maximum drops a NaN
+    return tl.where(bad, re + im, safe * root), tl.where(bad, re + im, x / turn), tl.where(bad, re + im, y / turn)
+
+# %% ../nbs/02a_sblu_ops.ipynb #0175a8f3
+@jit
+def lane_direct(u, row, at, T, c, ok, a, b, sign, dtype: tl.constexpr):
+    "Sum, slope and signed slope of one frame by the direct sum."
+    yr = lane_sample(u, row, at, T, ok, dtype)
+    zero = tl.zeros_like(a)
+    yi, dr, di, er, ei = zero, zero, zero, zero, zero
+    for m in range(1, c + 1):
+        wr, wi = lane_power(a, b, m)
+        ahead, back = lane_sample(u, row, at + m, T, ok, dtype), lane_sample(u, row, at - m, T, ok, dtype)
+        both, diff = ahead + back, ahead + sign * back
+        yr, yi = yr + wr * both, yi + wi * diff
+        dr, di = dr + m * wr * both, di + m * wi * diff
+        er, ei = er + m * wr * diff, ei + m * wi * both
+    return yr, yi, dr, di, er, ei
+
+# %% ../nbs/02a_sblu_ops.ipynb #dfc83d86
+@jit
+def gpu_forward(u, alpha, beta, index, y, scratch, total, T, P, c, n_t, n_f, units, per_clip, delta, sign,
+                SPARSE: tl.constexpr, BLOCK: tl.constexpr):
+    "Forward pass; scratch holds 2 P BLOCK numbers per program."
+    dtype: tl.constexpr = scratch.dtype.element_ty
+    offs = tl.arange(0, BLOCK)
+    mine = scratch + tl.program_id(0).to(tl.int64) * (2 * P * BLOCK) + offs
+    for block in range(tl.program_id(0), tl.cdiv(total, BLOCK), tl.num_programs(0)):
+        lane = (block * BLOCK + offs).to(tl.int64)
+        inside = lane < total
+        row, patch, ok = lane_row(lane, inside, index, n_t, n_f, units, per_clip, SPARSE)
+        alphas, betas = tl.load(alpha + lane, mask=inside, other=1).to(dtype), tl.load(beta + lane, mask=inside, other=1).to(dtype)
+        a, b, s = alphas * delta, betas * delta, patch * P
+        rr, ri = lane_power(a, b, 1)
+        qr, qi = lane_power(a, b, c + 1)
+        g, ga, gb = lane_gain(alphas, betas, delta)
+        li = ri * sign
+        sr, si = tl.zeros_like(a), tl.zeros_like(a)
+        for m in range(0, c + 1):
+            x = lane_sample(u, row, s - c + m, T, ok, dtype)
+            sr, si = rr * sr - li * si + x, rr * si + li * sr
+        tl.store(mine, sr)
+        tl.store(mine + BLOCK, si)
+        for i in range(1, P):
+            x, old = lane_sample(u, row, s + i, T, ok, dtype), lane_sample(u, row, s + i - 1 - c, T, ok, dtype)
+            sr, si = rr * sr - li * si + x - qr * old, rr * si + li * sr - sign * qi * old
+            tl.store(mine + 2 * i * BLOCK, sr)
+            tl.store(mine + (2 * i + 1) * BLOCK, si)
+        tl.debug_barrier()
+        seen = (sr - sr) + (si - si)
+        sr, si = tl.zeros_like(a), tl.zeros_like(a)
+        for m in range(0, c):  # r^1 .. r^c of what lies ahead of the last frame
+            x = lane_sample(u, row, s + P - 1 + c - m, T, ok, dtype)
+            tr, ti = sr + x, si
+            sr, si = rr * tr - ri * ti, rr * ti + ri * tr
+        for k in range(0, P):
+            i = P - 1 - k
+            size, pr, pi = lane_size(sr + tl.load(mine + 2 * i * BLOCK), si + tl.load(mine + (2 * i + 1) * BLOCK))
+            tl.store(y + lane * P + i, (g * size).to(y.dtype.element_ty), mask=inside)
+            tr, old = sr + lane_sample(u, row, s + i, T, ok, dtype), lane_sample(u, row, s + i + c, T, ok, dtype)
+            sr, si = rr * tr - ri * si - qr * old, rr * si + ri * tr - qi * old
+        bad = ok & ((seen + (sr - sr) + (si - si)) != 0)
+        if tl.max(bad.to(tl.int32), 0) > 0:
+            for i in range(0, P):
+                yr, yi, dr, di, er, ei = lane_direct(u, row, s + i, T, c, bad, a, b, sign, dtype)
+                size, pr, pi = lane_size(yr, yi)
+                tl.store(y + lane * P + i, (g * size).to(y.dtype.element_ty), mask=bad)
+        tl.debug_barrier()
+
+# %% ../nbs/02a_sblu_ops.ipynb #2a79fb89
+@jit
+def gpu_slide_left(u, row, s, T, P, c, ok, rr, li, qr, qi, mine, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    "Left sums and slopes of every frame into the scratch area; returns 0 where they are finite, else NaN."
+    sr, si, dr, di = tl.zeros_like(rr), tl.zeros_like(rr), tl.zeros_like(rr), tl.zeros_like(rr)
+    for m in range(0, c + 1):
+        x = lane_sample(u, row, s - c + m, T, ok, dtype)
+        tr, ti = dr + sr, di + si
+        dr, di = rr * tr - li * ti, rr * ti + li * tr
+        sr, si = rr * sr - li * si + x, rr * si + li * sr
+    for i in range(0, P):
+        tl.store(mine + 4 * i * BLOCK, sr)
+        tl.store(mine + (4 * i + 1) * BLOCK, si)
+        tl.store(mine + (4 * i + 2) * BLOCK, dr)
+        tl.store(mine + (4 * i + 3) * BLOCK, di)
+        x, old = lane_sample(u, row, s + i + 1, T, ok, dtype), lane_sample(u, row, s + i - c, T, ok, dtype)
+        tr, ti, last = dr + sr, di + si, (c + 1) * old
+        if i + 1 < P:
+            dr, di = rr * tr - li * ti - qr * last, rr * ti + li * tr - qi * last
+            sr, si = rr * sr - li * si + x - qr * old, rr * si + li * sr - qi * old
+    return (sr - sr) + (si - si) + (dr - dr) + (di - di)
+
+# %% ../nbs/02a_sblu_ops.ipynb #df4c9741
+@jit
+def gpu_gradients(u, dy, row, s, lane, inside, T, P, c, ok, rr, ri, qr, qi, g, sign, mine, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    "Right sums; gradients of every frame into rows 0 and 1 of the scratch area; sums for the parameters."
+    zero = tl.zeros_like(rr)
+    sr, si, dr, di, size_sum, da, db, seen = zero, zero, zero, zero, zero, zero, zero, zero
+    for m in range(0, c):
+        tr, ti = sr + lane_sample(u, row, s + P - 1 + c - m, T, ok, dtype), si
+        er, ei = dr + tr, di + ti
+        dr, di = rr * er - ri * ei, rr * ei + ri * er
+        sr, si = rr * tr - ri * ti, rr * ti + ri * tr
+    for k in range(0, P):
+        i = P - 1 - k
+        ar, ai = tl.load(mine + (4 * i + 2) * BLOCK), tl.load(mine + (4 * i + 3) * BLOCK)
+        size, pr, pi = lane_size(sr + tl.load(mine + 4 * i * BLOCK), si + tl.load(mine + (4 * i + 1) * BLOCK))
+        d = tl.load(dy + lane * P + i, mask=inside, other=0).to(dtype)
+        gr, gi = d * g * pr, d * g * pi
+        tl.store(mine + 4 * i * BLOCK, gr)
+        tl.store(mine + (4 * i + 1) * BLOCK, gi)
+        seen += (gr - gr) + (gi - gi)
+        size_sum += d * size
+        da -= gr * (ar + dr) + gi * (ai + di)
+        db += gr * (di + sign * ai) - gi * (dr + sign * ar)
+        tr, old = sr + lane_sample(u, row, s + i, T, ok, dtype), lane_sample(u, row, s + i + c, T, ok, dtype)
+        er, ei, last = dr + tr, di + si, (c + 1) * old
+        dr, di = rr * er - ri * ei - qr * last, rr * ei + ri * er - qi * last
+        sr, si = rr * tr - ri * si - qr * old, rr * si + ri * tr - qi * old
+    return size_sum, da, db, seen + (sr - sr) + (si - si) + (dr - dr) + (di - di)
+
+# %% ../nbs/02a_sblu_ops.ipynb #69dc4a20
+@jit
+def gpu_adjoint(du, row, s, T, P, c, ok, rr, ri, qr, qi, mine, side: tl.constexpr, BLOCK: tl.constexpr):
+    "Add what the frames of a patch give to the samples on one side; the side ahead leaves out the centre."
+    er, ei = tl.zeros_like(rr), tl.zeros_like(rr)
+    for i in range(0, P + c):
+        k = i if side > 0 else P - 1 - i
+        out = i - c - 1 if side > 0 else P + c - i
+        enters, leaves, at = ok & (k >= 0) & (k < P), ok & (out >= 0) & (out < P), s + k
+        gr, gi = tl.load(mine + 4 * k * BLOCK, mask=enters, other=0), tl.load(mine + (4 * k + 1) * BLOCK, mask=enters, other=0)
+        hr, hi = tl.load(mine + 4 * out * BLOCK, mask=leaves, other=0), tl.load(mine + (4 * out + 1) * BLOCK, mask=leaves, other=0)
+        tr, ti = rr * er - ri * ei, rr * ei + ri * er
+        er, ei = tr + gr - (qr * hr + qi * hi), ti - gi - (qi * hr - qr * hi)
+        give = er - gr if side > 0 else er
+        tl.atomic_add(du + row * T + at, give, mask=ok & (at >= 0) & (at < T))
+
+# %% ../nbs/02a_sblu_ops.ipynb #6589e986
+@jit
+def gpu_direct_backward(u, dy, du, row, s, lane, T, P, c, bad, a, b, g, sign, dtype: tl.constexpr):
+    "The backward pass of the lanes in `bad` by the direct sum."
+    zero = tl.zeros_like(a)
+    size_sum, da, db = zero, zero, zero
+    for i in range(0, P):
+        yr, yi, dr, di, er, ei = lane_direct(u, row, s + i, T, c, bad, a, b, sign, dtype)
+        size, pr, pi = lane_size(yr, yi)
+        d = tl.load(dy + lane * P + i, mask=bad, other=0).to(dtype)
+        gr, gi = d * g * pr, d * g * pi
+        size_sum += d * size
+        da -= gr * dr + gi * di
+        db += gr * ei - gi * er
+        tl.atomic_add(du + row * T + s + i, gr, mask=bad)
+        for m in range(1, c + 1):
+            wr, wi = lane_power(a, b, m)
+            ahead, back = s + i + m, s + i - m
+            tl.atomic_add(du + row * T + ahead, wr * gr + wi * gi, mask=bad & (ahead < T))
+            tl.atomic_add(du + row * T + back, wr * gr + sign * wi * gi, mask=bad & (back >= 0))
+    return size_sum, da, db
+
+# %% ../nbs/02a_sblu_ops.ipynb #add64458
+@jit
+def gpu_backward(u, alpha, beta, index, dy, du, da, db, scratch, total, T, P, c, n_t, n_f, units, per_clip, delta, sign,
+                 SPARSE: tl.constexpr, BLOCK: tl.constexpr):
+    "Backward pass; scratch holds 4 P BLOCK numbers per program; du starts at zero."
+    dtype: tl.constexpr = scratch.dtype.element_ty
+    offs = tl.arange(0, BLOCK)
+    mine = scratch + tl.program_id(0).to(tl.int64) * (4 * P * BLOCK) + offs
+    for block in range(tl.program_id(0), tl.cdiv(total, BLOCK), tl.num_programs(0)):
+        lane = (block * BLOCK + offs).to(tl.int64)
+        inside = lane < total
+        row, patch, ok = lane_row(lane, inside, index, n_t, n_f, units, per_clip, SPARSE)
+        alphas, betas = tl.load(alpha + lane, mask=inside, other=1).to(dtype), tl.load(beta + lane, mask=inside, other=1).to(dtype)
+        a, b, s = alphas * delta, betas * delta, patch * P
+        rr, ri = lane_power(a, b, 1)
+        qr, qi = lane_power(a, b, c + 1)
+        g, ga, gb = lane_gain(alphas, betas, delta)
+        seen = gpu_slide_left(u, row, s, T, P, c, ok, rr, ri * sign, qr, qi * sign, mine, BLOCK, dtype)
+        tl.debug_barrier()
+        size, a_sum, b_sum, more = gpu_gradients(u, dy, row, s, lane, inside, T, P, c, ok, rr, ri, qr, qi, g, sign, mine, BLOCK, dtype)
+        tl.debug_barrier()
+        bad = ok & ((seen + more) != 0)
+        good = ok & ((seen + more) == 0)
+        gpu_adjoint(du, row, s, T, P, c, good, rr, ri * sign, qr, qi * sign, mine, -1, BLOCK)
+        gpu_adjoint(du, row, s, T, P, c, good, rr, ri, qr, qi, mine, 1, BLOCK)
+        if tl.max(bad.to(tl.int32), 0) > 0:
+            bad_size, bad_a, bad_b = gpu_direct_backward(u, dy, du, row, s, lane, T, P, c, bad, a, b, g, sign, dtype)
+            size, a_sum, b_sum = tl.where(bad, bad_size, size), tl.where(bad, bad_a, a_sum), tl.where(bad, bad_b, b_sum)
+        tl.store(da + lane, delta * a_sum + ga * size, mask=inside)
+        tl.store(db + lane, delta * b_sum + gb * size, mask=inside)
+        tl.debug_barrier()
+
+# %% ../nbs/02a_sblu_ops.ipynb #8bf863d9
+GPU_BLOCK, GPU_PROGRAMS = 64, 2048  # lanes a program, programs at most
+
+def triton_launch(kernel, rows, tensors, u, alpha, index, grid, c, delta, phase):
+    "Launch a GPU kernel with its scratch area over all tokens and units."
+    n_f, n_t = grid
+    total, (_, C, T) = alpha.numel(), u.shape
+    programs, P = min(GPU_PROGRAMS, -(-total // GPU_BLOCK)), T // n_t
+    scratch = torch.empty(programs * rows * P * GPU_BLOCK, device=u.device, dtype=torch.float64 if u.dtype == torch.float64 else torch.float32)
+    sparse = index is not None
+    units, per_clip = (alpha.shape[3], alpha.shape[1] * alpha.shape[2]) if sparse else (C, 1)
+    with torch.cuda.device(u.device) if u.is_cuda else contextlib.nullcontext():
+        kernel[(programs,)](*tensors, scratch, total, T, P, c, n_t, n_f, units, per_clip, float(delta),
+                            1.0 if phase == "even" else -1.0, SPARSE=sparse, BLOCK=GPU_BLOCK, num_warps=2)
+
+# %% ../nbs/02a_sblu_ops.ipynb #665f1ae0
+def triton_forward(u, alpha, beta, index, grid, c, delta, phase):
+    "Either operation's forward pass by Triton; contiguous tensors; `index` None for all patches."
+    index = index if index is None else index.contiguous()
+    y = torch.empty_like(u) if index is None else u.new_empty(*alpha.shape, u.shape[2] // grid[1])
+    triton_launch(gpu_forward, 2, (u, alpha, beta, alpha if index is None else index, y), u, alpha, index, grid, c, delta, phase)
+    return y
+
+# %% ../nbs/02a_sblu_ops.ipynb #d3ffca48
+def triton_backward(dy, u, alpha, beta, index, grid, c, delta, phase):
+    "Either operation's gradients by Triton, accumulated in float32 (float64 for float64 input)."
+    index = index if index is None else index.contiguous()
+    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    du, da, db = torch.zeros_like(u, dtype=wide), torch.empty_like(alpha, dtype=wide), torch.empty_like(beta, dtype=wide)
+    tensors = (u, alpha, beta, alpha if index is None else index, dy, du, da, db)
+    triton_launch(gpu_backward, 4, tensors, u, alpha, index, grid, c, delta, phase)
+    return du, da, db
+
 # %% ../nbs/02a_sblu_ops.ipynb #3831370d
 def all_tokens(B, n_t):
     "(low, high, slot, patch) for all time patches; one group per clip."
@@ -873,8 +1163,9 @@ def pick_backend(name, device, direction):
     return name
 
 # %% ../nbs/02a_sblu_ops.ipynb #3243e259
-def working(*tensors):
-    "The tensors as contiguous float32, or float64 where the first one is."
+def working(backend, *tensors):
+    "The tensors made contiguous; except for Triton as float32, or float64 where the first one is."
+    if backend == "triton": return [t.contiguous() for t in tensors]
     dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     return [t.to(dtype).contiguous() for t in tensors]
 
@@ -884,10 +1175,10 @@ def adaptive_sblu_op(u:torch.Tensor, alpha:torch.Tensor, beta:torch.Tensor, kern
                      backend:str) -> torch.Tensor:
     "Operator behind `adaptive_sblu`."
     backend, c = pick_backend(backend, u.device, "forward"), kernel_size // 2
-    x, a, b = working(u, alpha, beta)
+    x, a, b = working(backend, u, alpha, beta)
     if x.numel() == 0: return torch.empty_like(u, memory_format=torch.contiguous_format)
-    if backend == "torch": y = torch_forward(x, a, b, c, delta, phase)
-    elif backend == "triton": y = triton_forward(x, a, b, None, (1, a.shape[2]), c, delta, phase)
+    if backend == "triton": y = triton_forward(x, a, b, None, (1, a.shape[2]), c, delta, phase)
+    elif backend == "torch": y = torch_forward(x, a, b, c, delta, phase)
     else:
         y = torch.empty_like(x)
         numba_call(cpu_forward, (x, a, b, y), all_tokens(x.shape[0], a.shape[2]), dense_geometry(x, a, c), delta, phase)
@@ -905,7 +1196,7 @@ def adaptive_sblu_backward_op(dy:torch.Tensor, u:torch.Tensor, alpha:torch.Tenso
                               delta:float, phase:str, backend:str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Gradients of `adaptive_sblu` for u, alpha, beta."
     backend, c = pick_backend(backend, u.device, "backward"), kernel_size // 2
-    x, a, b, g = working(u, alpha, beta, dy)
+    x, a, b, g = working(backend, u, alpha, beta, dy)
     if x.numel() == 0: grads = [torch.zeros_like(t) for t in (x, a, b)]
     elif backend == "torch": grads = torch_backward(g, x, a, b, c, delta, phase)
     elif backend == "triton": grads = triton_backward(g, x, a, b, None, (1, a.shape[2]), c, delta, phase)
@@ -964,7 +1255,7 @@ def gather_windows(u, index, grid, c):
     return x[clip, index // n_t, :, index % n_t]
 
 # %% ../nbs/02a_sblu_ops.ipynb #ecb60831
-def patches_direct(u, alpha, beta, index, grid, kernel_size, delta, phase):
+def patches_direct(u, alpha, beta, index, grid, kernel_size, delta=1.0, phase="even"):
     "`sblu_patches` by gathered windows and the direct sum: the judge."
     x, c = gather_windows(u, index, grid, kernel_size // 2), kernel_size // 2
     flat = x.reshape(1, -1, x.shape[-1])
@@ -1002,7 +1293,7 @@ def sblu_patches_op(u:torch.Tensor, alpha:torch.Tensor, beta:torch.Tensor, index
                     kernel_size:int, delta:float, phase:str, backend:str) -> torch.Tensor:
     "Operator behind `sblu_patches`."
     backend, c, grid = pick_backend(backend, u.device, "forward"), kernel_size // 2, (n_f, n_t)
-    x, a, b = working(u, alpha, beta)
+    x, a, b = working(backend, u, alpha, beta)
     y = x.new_empty(*a.shape, u.shape[2] // n_t)
     if y.numel() == 0: return y.to(u.dtype)
     check_index(index, grid)
@@ -1018,7 +1309,7 @@ def sblu_patches_backward_op(dy:torch.Tensor, u:torch.Tensor, alpha:torch.Tensor
                              backend:str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Gradients of `sblu_patches` for u, alpha, beta."
     backend, c, grid = pick_backend(backend, u.device, "backward"), kernel_size // 2, (n_f, n_t)
-    x, a, b, g = working(u, alpha, beta, dy)
+    x, a, b, g = working(backend, u, alpha, beta, dy)
     if g.numel() == 0: grads = [torch.zeros_like(t) for t in (x, a, b)]
     elif backend == "torch": grads = torch_patches_backward(g, x, a, b, index, grid, c, delta, phase)
     elif backend == "triton": grads = triton_backward(g, x, a, b, index, grid, c, delta, phase)
