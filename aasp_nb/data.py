@@ -8,7 +8,7 @@ __all__ = ['AUDIO_SUFFIXES', 'aasp_home', 'ManifestError', 'inside', 'Manifest',
            'Loader', 'train_loader', 'eval_loader', 'valid_frames', 'dataset_statistics', 'describe']
 
 # %% ../nbs/09_data.ipynb #e491f708
-import csv, hashlib, json, math, os, shutil, tempfile, warnings
+import csv, hashlib, json, math, os, shutil, signal, tempfile, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -559,6 +559,11 @@ def collate(
     return default_collate([{k: v for k, v in i.items() if k != "broken"} for i in items]) | {"broken": bad}
 
 # %% ../nbs/09_data.ipynb #b9d23ae6
+def _quiet_worker(worker_id: int):
+    "Workers leave stop signals to the main process."
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"): signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+# %% ../nbs/09_data.ipynb #85fb2ba8
 class Loader:
     "A DataLoader that reports broken clips of its workers in the main process."
     def __init__(self,
@@ -569,6 +574,7 @@ class Loader:
     ):
         self.dataset, self.batch_sampler = dataset, batch_sampler
         self.loader = DataLoader(dataset, batch_sampler=batch_sampler, num_workers=workers, collate_fn=collate,
+                                 worker_init_fn=_quiet_worker,
                                  pin_memory=pin_memory, **({"prefetch_factor": 4} if workers else {}))
 
     def __iter__(self):
