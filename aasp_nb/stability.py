@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['am_tone', 'log_harmonics', 'modulation_spectrum', 'patch_weights', 'patch_sequence', 'folding_map', 'weight_response',
-           'zero_phase_lowpass', 'aliased_share', 'interpolate', 'sonify', 'sblu_scan', 'ripple', 'fractional_delay',
-           'shift_errors', 'patch_inverse_error']
+           'zero_phase_lowpass', 'aliased_share', 'interpolate', 'sonify', 'player', 'sblu_scan', 'ripple',
+           'fractional_delay', 'shift_errors', 'patch_inverse_error']
 
 # %% ../nbs/14_stability.ipynb #8c28737d
 import math
 
 import torch
-from torch import nn
+from IPython.display import Audio
 from torch.nn import functional as F
 
 from .audio import LogMel, modulation_frequencies, resample, zero_phase_highpass
@@ -169,6 +169,18 @@ def sonify(
     fade = (torch.minimum(n, len(gain) - 1 - n) / (0.02 * sr)).clamp(0, 1)
     sound = gain * fade * torch.sin(2 * math.pi * carrier * n / sr)
     return (peak * sound / sound.abs().max().clamp_min(1e-12)).float()
+
+# %% ../nbs/14_stability.ipynb #055ff781
+def player(
+    wave: torch.Tensor, # [S] sound
+    sr: int = 16000, # its sample rate, Hz
+    peak: float = 0.2, # largest sample it is turned down to; quieter sounds stay as they are
+    out_sr: int = 8000, # sample rate of what is stored in the notebook, Hz
+) -> Audio: # waits for a click; never plays by itself
+    "A quiet, peak-limited player for a notebook."
+    wave = resample(wave.float(), sr, out_sr)
+    wave = wave * (peak / wave.abs().max().clamp_min(peak))
+    return Audio(wave.numpy(), rate=out_sr, normalize=False, autoplay=False)
 
 # %% ../nbs/14_stability.ipynb #b183742c
 def sblu_scan(
