@@ -847,6 +847,7 @@ _VOILA_TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
   #rendered_cells > div { max-width: 1310px; margin: 0 auto; padding: 12px; }</style>
   {{ super.super() }}
 {%- endblock notebook_css -%}
+{%- block rawcell -%}{%- endblock rawcell -%}
 """
 
 # %% ../nbs/17_dashboards.ipynb #b45138c3

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'RAD_TO_HZ', 'BAND', 'FIELDS', 'PRESETS', 'RATE_FIELDS', 'taps', 'matched_width', 'magnitude_and_slope',
-           'offset_curves', 'wave_of', 'tone_response', 'chase', 'wilson', 'add_noise', 'trials', 'success_rates',
-           'shown', 'width_of', 'compute_windows', 'verdict', 'offset_scenes', 'response_scene', 'race_scene',
-           'rate_scene', 'WindowDashboard', 'window_picture']
+           'offset_curves', 'wave_of', 'tone_response', 'slope_scale', 'chase', 'wilson', 'add_noise', 'trials',
+           'success_rates', 'shown', 'width_of', 'compute_windows', 'verdict', 'offset_scenes', 'response_scene',
+           'race_scene', 'rate_scene', 'WindowDashboard', 'window_picture']
 
 # %% ../nbs/17a_window_dashboard.ipynb #dec2a45f
 from functools import lru_cache
@@ -55,29 +55,39 @@ def matched_width(family, kernel_size, normalization):
 # %% ../nbs/17a_window_dashboard.ipynb #f90647f8
 def magnitude_and_slope(
     x,     # [..., K] real or complex samples under the window, in the order of `lags`
-    w,     # [K] window
-    lags,  # [K] integers
+    w,     # [..., K] window
+    lags,  # [..., K] integers
     beta,  # [...] kernel frequency, rad/frame
     phase="signed",  # "signed": e^(-j beta m); "even": e^(-j beta |m|)
 ):  # -> (array [...], array [...])
     "Magnitude of the windowed correlation and its derivative with respect to the kernel's frequency."
-    m = lags if phase == "signed" else np.abs(lags)
-    angle = np.multiply.outer(beta, m).astype(np.asarray(x).real.dtype)
+    m = (lags if phase == "signed" else np.abs(lags)).astype(np.asarray(x).real.dtype)
+    angle = np.asarray(beta, m.dtype)[..., None] * m
     z = x * w * (np.cos(angle) - 1j * np.sin(angle))
-    y, slope = z.sum(-1), -1j * (z @ m.astype(z.real.dtype))
+    y, slope = z.sum(-1), -1j * (z * m).sum(-1)
     size = np.abs(y)
     return size, (np.conj(y) * slope).real / np.maximum(size, 1e-30)
 
 # %% ../nbs/17a_window_dashboard.ipynb #de3249f1
+@lru_cache(maxsize=32)
+def _table_of(points, kernel_size, kind):
+    "Cosine and sine of every lag at `points` frequencies from 0 to pi, each [points, K], computed once."
+    m = np.arange(kernel_size) - (0 if kind == "one_sided" else kernel_size // 2)
+    angle = np.multiply.outer(np.linspace(0, np.pi, points), m if kind != "even" else np.abs(m))
+    return np.cos(angle), np.sin(angle), m.astype(float)
+
+# %% ../nbs/17a_window_dashboard.ipynb #0e70afc2
 def offset_curves(
     family, kernel_size, width, normalization,  # as in `taps`
     points=400,                                 # offsets between 0 and pi
 ):  # -> dict: offset, level (dB relative to the peak), gradient
     "Spectrum and gradient magnitude of a window over the offset from the tone."
-    offset = np.linspace(0, np.pi, points)
-    w, lags = taps(family, kernel_size, width, normalization)
-    size, slope = magnitude_and_slope(np.ones(kernel_size), w, lags, offset)
-    return dict(offset=offset, level=20 * np.log10(np.maximum(size / size[0], 1e-8)), gradient=np.abs(slope), magnitude=size)
+    w, _ = taps(family, kernel_size, width, normalization)
+    cos, sin, m = _table_of(points, kernel_size, "one_sided" if family == "one_sided" else "signed")
+    c, s, dc, ds = cos @ w, sin @ w, -(sin @ (m * w)), cos @ (m * w)
+    size = np.hypot(c, s)
+    slope = np.abs(c * dc + s * ds) / np.maximum(size, 1e-30)
+    return dict(offset=np.linspace(0, np.pi, points), level=20 * np.log10(np.maximum(size / size[0], 1e-8)), gradient=slope, magnitude=size)
 
 # %% ../nbs/17a_window_dashboard.ipynb #72f2fd7a
 def wave_of(
@@ -96,17 +106,29 @@ def tone_response(
     signal="real",  # "real" | "complex"
     points=300,  # kernel frequencies between 0 and pi
 ):  # -> dict: beta, response, low, high
-    "Magnitude over the kernel's frequency for a tone, and its range over the tone's phase."
-    beta = np.linspace(0, np.pi, points)
+    "Magnitude over the kernel's frequency for a tone, and its exact range over the tone's phase."
     w, lags = taps(family, kernel_size, width, normalization)
-    kernel = w * np.exp(-1j * np.multiply.outer(beta, lags if phase == "signed" else np.abs(lags)))
-    phases = np.concatenate([[tone_phase], np.arange(24) * 2 * np.pi / 24])
-    size = np.abs(kernel @ wave_of(np.multiply.outer(lags, np.full(25, tone)) + phases, signal))
-    return dict(beta=beta, response=size[:, 0], low=size[:, 1:].min(1), high=size[:, 1:].max(1))
+    cos, sin, _ = _table_of(points, kernel_size, "one_sided" if family == "one_sided" else phase)
+    wave = w * np.exp(1j * tone * lags)  # the tone; its mirror image is the conjugate
+    parts = cos @ wave.real, cos @ wave.imag, sin @ wave.real, sin @ wave.imag
+    tone_part = parts[0] + parts[3] + 1j * (parts[1] - parts[2])
+    mirror = parts[0] - parts[3] - 1j * (parts[1] + parts[2]) if signal == "real" else np.zeros(points)
+    turn, half = np.exp(1j * tone_phase), 0.5 if signal == "real" else 1.0
+    return dict(beta=np.linspace(0, np.pi, points), response=half * np.abs(turn * tone_part + np.conj(turn) * mirror),
+                low=half * np.abs(np.abs(tone_part) - np.abs(mirror)), high=half * (np.abs(tone_part) + np.abs(mirror)))
 
 # %% ../nbs/17a_window_dashboard.ipynb #3d2a0457
 BAND = (np.pi / 16, np.pi)  # post-patch to pre-patch Nyquist, rad/frame
 
+def slope_scale(
+    family, kernel_size, width, normalization,  # as in `taps`
+    objective="magnitude",  # "magnitude" | "log magnitude"
+):  # -> float
+    "One over the steepest slope of the window's spectrum; for the logarithm, of its share of the gain."
+    c = offset_curves(family, kernel_size, width, normalization)
+    return float((c["magnitude"][0] if objective == "log magnitude" else 1.0) / c["gradient"].max())
+
+# %% ../nbs/17a_window_dashboard.ipynb #40911f9d
 def chase(
     x, w, lags, phase,      # as in `magnitude_and_slope`
     start,                  # [...] first frequency, rad/frame
@@ -114,11 +136,9 @@ def chase(
     steps,                  # number of updates
     objective="magnitude",  # "magnitude" | "log magnitude"
     optimizer="gradient",   # "gradient" | "adam"
+    scale=1.0,              # [...] one over the window's steepest slope, from `slope_scale`
 ):  # -> array [steps + 1, ...]
-    "The path of the frequency under gradient ascent, in units of the window's steepest slope."
-    omega = torch.linspace(0, np.pi, 481, dtype=torch.float64)
-    scale = 1 / float(frequency_gradient(torch.as_tensor(w, dtype=torch.float64), omega).abs().max())
-    if objective == "log magnitude": scale *= float(w.sum())
+    "The path of the frequency under gradient ascent."
     path, first, second = [np.asarray(start, float)], 0.0, 0.0
     for k in range(1, steps + 1):
         size, g = magnitude_and_slope(x, w, lags, path[-1], phase)
@@ -187,7 +207,8 @@ def success_rates(
         x = t["wave"][..., np.searchsorted(t["lags"], lags)]
         x = x.astype(np.complex64 if np.iscomplexobj(x) else np.float32)
         end = chase(x, w.astype(np.float32), lags, state["phase"], t["start"], state["lr"], state["steps"],
-                    state["objective"], state["optimizer"])[-1]
+                    state["objective"], state["optimizer"], slope_scale(family, state["kernel_size"], width_of(state, family),
+                    state["normalization"], state["objective"]))[-1]
         wins = (np.abs(end - t["tone"]) <= 0.1).sum(1)
         rates[family] = (wins / count, *wilson(wins, count))
     return dict(offsets=offsets, count=count, tolerance=0.1, rates=rates)
@@ -246,15 +267,14 @@ def compute_windows(
     rng = np.random.default_rng(state["seed"])
     m = np.arange(-(K - 1), K)
     wave = add_noise(wave_of(tone * m + state["tone_phase"], state["signal"]), state["snr"], rng)
-    out = dict(state=state, start=start, families={})
-    for f in families:
-        width = width_of(state, f)
-        w, lags = taps(f, K, width, norm)
-        path = chase(wave[lags + K - 1], w, lags, state["phase"], start, state["lr"], state["steps"], state["objective"],
-                     state["optimizer"])
-        out["families"][f] = dict(width=width, **offset_curves(f, K, width, norm), path=path,
-                                  **tone_response(f, K, width, norm, tone, state["tone_phase"], state["phase"], state["signal"]))
-    return out
+    widths, (windows, lags) = [width_of(state, f) for f in families], zip(*(taps(f, K, width_of(state, f), norm) for f in families))
+    windows, lags, obj = np.stack(windows), np.stack(lags), state["objective"]
+    scale = np.array([slope_scale(f, K, w, norm, obj) for f, w in zip(families, widths)])
+    paths = chase(wave[lags + K - 1], windows, lags, state["phase"], np.full(len(families), start), state["lr"], state["steps"],
+                  obj, state["optimizer"], scale)  # all windows race at once
+    response = [tone_response(f, K, w, norm, tone, state["tone_phase"], state["phase"], state["signal"]) for f, w in zip(families, widths)]
+    return dict(state=state, start=start, families={
+        f: dict(width=w, **offset_curves(f, K, w, norm), path=path, **r) for f, w, path, r in zip(families, widths, paths.T, response)})
 
 # %% ../nbs/17a_window_dashboard.ipynb #433d098e
 def verdict(

@@ -1,0 +1,173 @@
+"""Every dashboard in a real browser, in JupyterLab and in Voila: keys, mouse, saved states, broken files, no outside request.
+
+One page runs always (windows, JupyterLab); the rest with --full. Without a browser the tests say SKIPPED."""
+import json, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import browser
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOKS = ROOT / "nbs" / "dashboards"
+HANDLES = dict(windows="tone", patch_parameters="band", ablations="row")  # a slider of each dashboard
+STATES = dict(windows=dict(normalization="gain", tone=1.5, phase="signed"), patch_parameters=dict(checkpoint="untrained", band=1),
+              ablations=dict(table="VII", view="score", row=1))
+PRINTED = dict(windows="unit gain|gain", patch_parameters="untrained, this clip", ablations="K 127")  # what the loaded state shows
+pytestmark = pytest.mark.browser
+
+
+def pages():
+    "Every dashboard in both servers; all but one are slow."
+    for server in (browser.Lab, browser.Voila):
+        for name in HANDLES:
+            first = server is browser.Lab and name == "windows"
+            yield pytest.param(server, name, id=f"{name}-{server.name}", marks=() if first else pytest.mark.slow)
+
+
+def open_page(page, server):
+    "Runs the notebook where that is needed and waits for the first drawing."
+    if server is browser.Lab: page.run_all()
+    page.page.wait_for_selector(".aasp-dash canvas[data-frame]")
+    return page.settle()
+
+
+def numbers(page):
+    "The table of numbers as text."
+    return page.page.locator(".aasp-numbers").first.inner_text()
+
+
+def readout(page, name):
+    "The number beside a slider."
+    return float(page.page.locator(f".aasp-field-{name} .widget-readout").inner_text())
+
+
+def error(page):
+    "The text in the error box; empty when it is hidden."
+    box = page.page.locator(".aasp-error").first
+    return box.inner_text() if box.is_visible() else ""
+
+
+def wait_for(page, condition, seconds=20):
+    "Polls until a function of the page is true."
+    for _ in range(int(seconds * 10)):
+        if condition(): return True
+        page.page.wait_for_timeout(100)
+    return False
+
+
+def load_state(page, tmp_path, text, name="state.json"):
+    "Loads a state through the button's file chooser."
+    path = tmp_path / name
+    path.write_text(text)
+    with page.page.expect_file_chooser() as chooser: page.page.get_by_role("button", name="Load state").click()
+    chooser.value.set_files(str(path))
+
+
+@pytest.mark.parametrize("server,name", list(pages()))
+def test_page(server, name, tmp_path):
+    reason = browser.missing(voila=server is browser.Voila)
+    if reason: pytest.skip(f"SKIPPED: {reason}")
+    field = HANDLES[name]
+    handle = f".aasp-field-{field} .noUi-handle"
+    with server(BOOKS / f"{name}.ipynb", env=dict(OMP_NUM_THREADS="1")) as s, s.page(height=1500) as page:
+        first = open_page(page, server)
+        assert first and min(first) >= 1, "nothing was drawn"
+        assert first == [1] * len(first), f"drawn more than once at the start: {first}"
+        assert error(page) == ""
+        old_numbers, old = numbers(page), readout(page, field)
+
+        page.press(handle, "ArrowRight", 2)  # by key
+        after_keys = page.settle()
+        assert readout(page, field) > old and after_keys[0] > first[0], "a key did not move the drawing"
+        page.drag(handle, -60)  # by mouse
+        after_drag = page.settle()
+        assert readout(page, field) != old and after_drag[0] > after_keys[0], "the mouse did not move the drawing"
+        if name != "patch_parameters": assert numbers(page) != old_numbers, "the numbers did not follow"
+
+        plot = page.page.locator(".aasp-over").first  # the cursor reads values, and the linked canvases follow
+        box = plot.bounding_box()
+        page.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5)
+        assert wait_for(page, lambda: plot.get_attribute("data-cursor") not in (None, "")), "no cursor"
+        if name == "windows":
+            assert page.page.locator(".aasp-over").nth(1).get_attribute("data-cursor") == plot.get_attribute("data-cursor")
+            assert re.search(r"\d dB", page.page.locator(".aasp-legend").first.inner_text()), "the legend reads no value"
+
+        load_state(page, tmp_path, json.dumps(STATES[name]))
+        assert wait_for(page, lambda: re.search(PRINTED[name], page.page.locator(".aasp-dash").inner_text())), "state not loaded"
+        assert error(page) == ""
+        loaded = page.settle()
+        load_state(page, tmp_path, "RIFF not a state", "broken.json")
+        assert wait_for(page, lambda: "not JSON" in error(page)), "no error for a broken file"
+        load_state(page, tmp_path, json.dumps({list(STATES[name])[0] + "x": 1}))
+        assert wait_for(page, lambda: "did you mean" in error(page)), "no error for an unknown name"
+        page.page.get_by_role("button", name="Reset").click()
+        assert wait_for(page, lambda: error(page) == "" and readout(page, field) == old), "reset did not restore"
+        assert page.settle()[0] > loaded[0]
+
+        with page.page.expect_download() as download: page.page.get_by_role("button", name="Save state").click()
+        saved = json.loads(Path(download.value.path()).read_text())
+        assert saved[field] == old
+        extra(name, page, tmp_path)
+        assert page.errors == [], page.errors[:3]
+        assert page.external == [], page.external[:3]
+
+
+def extra(name, page, tmp_path):
+    "What only this dashboard does."
+    if name == "windows":
+        frames = page.settle()
+        page.page.get_by_role("button", name="Run many chases").click()
+        assert wait_for(page, lambda: "chasing" in page.page.locator(".aasp-busy").inner_text(), 5), "no busy sign"
+        assert wait_for(page, lambda: "Wilson" in page.page.locator(".aasp-dash").inner_text(), 90), "no success rates"
+        assert page.page.locator(".aasp-busy").inner_text() == "" and page.settle()[:4] == frames[:4]
+    broken = tmp_path / "broken.bin"
+    broken.write_bytes(b"neither audio\nnor a table\n")
+    if name in ("patch_parameters", "ablations"):
+        page.page.locator("input[type=file]").last.set_input_files(str(broken))
+        words = "cannot be read as audio" if name == "patch_parameters" else "no column dataset"
+        assert wait_for(page, lambda: words in error(page)), f"no error for a broken upload: {error(page)!r}"
+    if name == "patch_parameters":
+        sound = page.page.locator(".aasp-sound button").first
+        assert "Play" in sound.inner_text(), "sound must not play by itself"
+        sound.click()
+        assert wait_for(page, lambda: "Stop" in sound.inner_text(), 10), "the clip does not play"
+        sound.click()
+    if name == "ablations":
+        page.page.get_by_role("button", name="Reset").click()
+        wait_for(page, lambda: error(page) == "")
+        page.settle()
+        box = page.page.locator(".aasp-over").first.bounding_box()
+        page.page.mouse.click(box["x"] + box["width"] * 0.13, box["y"] + box["height"] * 0.6)  # the first bar
+        assert wait_for(page, lambda: readout(page, "row") == 0), "a click chooses no bar"
+        assert "Command line" in page.page.locator(".aasp-dash").inner_text()
+
+
+@pytest.mark.parametrize("name", HANDLES)
+def test_parameters_are_the_fields(name):
+    "The cell tagged `parameters` declares every field with its default, so that a saved state is a papermill parameter file."
+    import importlib
+    module = dict(windows="window", patch_parameters="patch", ablations="ablation")[name]
+    fields = importlib.import_module(f"aasp_nb.{module}_dashboard").FIELDS
+    cells = json.loads((BOOKS / f"{name}.ipynb").read_text())["cells"]
+    tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1, "papermill needs one cell tagged `parameters`"
+    scope = {}
+    exec("".join(tagged[0]["source"]), scope)
+    assert {k: scope[k] for k in fields} == {k: f.default for k, f in fields.items()}
+    assert set(scope) - set(fields) - {"__builtins__", "__annotations__"} == {"picture"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "ablations" else pytest.mark.slow) for n in HANDLES])
+def test_papermill_takes_a_state(name, tmp_path):
+    "A state as the dashboard saves it, through papermill, to a picture."
+    state = tmp_path / "state.json"
+    state.write_text(json.dumps(STATES[name]))
+    picture = tmp_path / "picture.png"
+    subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", str(BOOKS / f"{name}.ipynb"), str(tmp_path / "out.ipynb"),
+                    "-f", str(state), "-p", "picture", str(picture), "-k", "python3"], check=True, cwd=tmp_path, timeout=300)
+    assert picture.stat().st_size > 10_000
+    bad = subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", str(BOOKS / f"{name}.ipynb"), str(tmp_path / "bad.ipynb"),
+                          "-p", "tabel", "V"], cwd=tmp_path, timeout=300, capture_output=True, text=True)
+    assert bad.returncode != 0 and "unknown name 'tabel'" in bad.stdout + bad.stderr
