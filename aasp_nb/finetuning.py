@@ -8,7 +8,7 @@ __all__ = ['FINETUNE_PRESETS', 'BALANCE', 'FINETUNE_RULES', 'FinetuneConfig', 'F
            'Parts', 'split_clips', 'PartReader', 'longest_frames', 'predict', 'Selection', 'Evaluation',
            'write_tensors', 'save_classifier', 'front_config', 'Classifier', 'load_classifier', 'FinetuneLearner',
            'start_digest', 'Task', 'prepare_task', 'replace_train', 'finetune', 'as_finetune_config', 'make_learner',
-           'finetune_all', 'finetune_summary', 'finetune_table', 'record_results']
+           'finetune_all', 'finetune_summary', 'finetune_table', 'record_results', 'hours_heard']
 
 # %% ../nbs/12_finetuning.ipynb #365f7683
 import hashlib
@@ -33,8 +33,8 @@ from torch import nn
 
 from .audio import AudioError
 from .benchmarks import append_results, score
-from .data import (AudioDataset, FileReader, Manifest, ManifestError, dataset_statistics, eval_loader, train_loader,
-                          valid_frames)
+from .data import (AudioDataset, FileReader, Manifest, ManifestError, dataset_statistics, eval_loader,
+                          train_loader, valid_frames)
 from .patch_embed import init_linear
 from .pretraining import (AaSPConfig, ConfigError, Table, _field, _refuse_unknown, _require, build_encoder,
                                  build_logmel, coerce)
@@ -125,7 +125,7 @@ def from_dict(cls: FinetuneConfig,
     values: dict,  # field names and values; absent fields take their defaults
 ) -> FinetuneConfig:  # checked
     "A configuration from `to_dict`'s result or a part of it; `ConfigError` for unknown names."
-    if not isinstance(values, dict): raise ConfigError(f"a configuration is a dictionary, not a {type(values).__name__}")
+    if not isinstance(values, dict): raise ConfigError(f"a configuration is a dictionary, not {type(values).__name__}")
     _refuse_unknown(values, [f.name for f in fields(cls)], "field")
     return cls(**values)
 
@@ -303,7 +303,8 @@ def split_clips(
         names = (["train"], ["valid", "val", "validation"], ["test"])
         parts = Parts(*(np.flatnonzero(np.isin(column, n)) for n in names))
         if not len(parts.train) or not len(parts.test):
-            hint = f"; give a fold, there are {sorted(set(manifest.columns['fold']))[:12]}" if "fold" in manifest else ""
+            folds = sorted(set(manifest.columns.get("fold", ())))[:12]
+            hint = f"; give a fold, there are {folds}" if folds else ""
             raise ManifestError(f"column split needs 'train' and 'test', it has {sorted(set(column))[:12]}{hint}")
     return parts if len(parts.valid) or not validation else _hold_out_groups(manifest, parts, validation, seed)
 
@@ -312,7 +313,7 @@ def _hold_out_groups(manifest, parts, share, seed):
     "Parts with a share of the training groups moved to validation."
     group = manifest.columns.get("group") or [""] * len(manifest)
     group = np.array([g or f"clip {i}" for i, g in enumerate(group)])[parts.train]
-    if len(set(group)) < 2: raise ManifestError("validation needs two or more groups of training clips: set validation=0")
+    if len(set(group)) < 2: raise ManifestError("validation needs two groups of training clips: set validation=0")
     train, held = next(GroupShuffleSplit(1, test_size=share, random_state=seed).split(group, groups=group))
     return replace(parts, train=parts.train[train], valid=parts.train[held])
 
@@ -368,7 +369,7 @@ def predict(
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(front(batch["wave"].to(device)), None if padding is None else padding.to(device))
             logits = logits.float().cpu().numpy()
-            if not np.isfinite(logits).all(): raise TrainingError("logits are not finite: lower lr or set precision=fp32")
+            if not np.isfinite(logits).all(): raise TrainingError("logits are not finite: lower lr, or use fp32")
             if out is None: out = np.full((len(dataset), logits.shape[1]), np.nan, np.float32)
             out[batch["index"].numpy()] = logits
     finally: model.train(was_training)
@@ -565,7 +566,7 @@ def load_state(self: FinetuneLearner, tensors: dict, state: dict):
     "Put a checkpoint back; raises `CheckpointError` if it is of another model."
     Learner.load_state(self, tensors, state)
     if self.average:
-        if "average" not in tensors: raise CheckpointError("the checkpoint has no averaged weights: was it made with ema=0?")
+        if "average" not in tensors: raise CheckpointError("the checkpoint has no averaged weights (ema=0?)")
         self.average.module.load_state_dict(tensors["average"])
     if self.evaluation: vars(self.evaluation.selection).update(curve=state["curve"], kept=state["kept"])
 
@@ -614,8 +615,8 @@ def prepare_task(
     frames = config.frames or longest_frames(PartReader(reader, parts.train), e.hop_length, e.patch_size[1])
     config, front = replace(config, frames=frames), front_config(e, frames)
     def part(rows, **kw):
-        return AudioDataset(manifest.take(rows), front.crop_seconds, e.sample_rate, seed=config.seed, labels=targets[rows],
-                            reader=PartReader(reader, rows), **kw)
+        return AudioDataset(manifest.take(rows), front.crop_seconds, e.sample_rate, seed=config.seed,
+                            labels=targets[rows], reader=PartReader(reader, rows), **kw)
     evaluated = {k: (part(rows, train=False, max_broken=max_broken), rows)
                  for k, rows in (("valid", parts.valid), ("test", parts.test)) if len(rows)}
     return Task(config, front, part(parts.train), evaluated, classes, targets.ndim == 2)
@@ -676,7 +677,7 @@ def finetune(
         learner = make_learner(task, (encoder, encoder_config), run.path, device, workers)
         begin, seconds = restore(run, learner)
         if run.resumed and begin >= min(max_steps or c.steps, c.steps) and (run.path / "results.json").is_file():
-            return run.read_json("results.json")
+            return run.read_json("results.json") | dict(reason=None)
         weights = balanced_weights(task.train.labels, c.balance) if c.sampling == "balanced" else None
         loader = train_loader(task.train, c.batch_size, c.seed, begin, workers=workers, weights=weights,
                               size=c.epoch_clips, pin_memory=device.type == "cuda")
@@ -745,7 +746,7 @@ def finetune_all(
     manifest, config, begin = Manifest.open(data), as_finetune_config(config), time.monotonic()
     if isinstance(folds, str) and folds != "all": raise ConfigError(f"folds must be 'all', a list or None: {folds!r}")
     if folds == "all":
-        if "fold" not in manifest: raise ManifestError(f"no column 'fold' among {list(manifest.columns)}: set folds=None")
+        if "fold" not in manifest: raise ManifestError(f"no column 'fold' in {list(manifest.columns)}: use folds=None")
         folds = sorted({f for f in manifest.columns["fold"] if f}, key=lambda f: (len(f), f))
     start = start if isinstance(start, tuple) else load_encoder(start)
     out = []
@@ -755,7 +756,7 @@ def finetune_all(
         if left is not None and left <= 0: break
         out.append(finetune(start, manifest, Path(run_dir) / name, replace(config, seed=int(seed)), fold, resume=resume,
                             max_minutes=left, **kw))
-        if out[-1]["status"] != "finished": break
+        if out[-1]["reason"]: break
     return out
 
 # %% ../nbs/12_finetuning.ipynb #74e0b87d
@@ -800,8 +801,21 @@ def record_results(
         tables = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else []
         if r["status"] != "finished" or str(path) in tables: continue
         settings = json.dumps({**r["settings"], **extra}, sort_keys=True, default=str)
-        same = dict(seed=r["seed"], fold=r["fold"], split="test", metric=r["metric"], n=r["n"]["test"], settings=settings)
+        same = dict(seed=r["seed"], fold=r["fold"], split="test", metric=r["metric"], n=r["n"]["test"],
+                    settings=settings)
         new = [dict(same, rule=rule, value=e["test"]) for rule, e in r["scores"].items()]
         rows += append_results(path, new, task="finetune", protocol=f"paper/{r['preset']}", **common)
         write_json(done, [*tables, str(path)])
     return rows
+
+# %% ../nbs/12_finetuning.ipynb #f0e17ccb
+def hours_heard(
+    checkpoint: str | Path,  # run folder of pre-training, or its folder `encoder`
+) -> float | None:  # hours of audio, every crop counted each time; None where no run says
+    "Hours of audio that pre-training has heard: steps times clips per step times length of a crop."
+    for file in (Path(checkpoint).expanduser() / "results.json", Path(checkpoint).expanduser().parent / "results.json"):
+        try: r = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError): continue
+        if {"step", "config"} <= set(r) and "crop_seconds" in r["config"]:
+            return r["step"] * r["config"]["batch_size"] * r["config"]["crop_seconds"] / 3600
+    return None
