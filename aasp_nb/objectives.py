@@ -35,13 +35,13 @@ def normalize_layer(
 # %% ../nbs/07_objectives.ipynb #bbbbc912
 def teacher_targets(
     layers:list,                    # outputs of the teacher's layers, each [B, N, D], without CLS
-    target_norm:str="token",        # "token" (paper) or "channel" (EAT's code)
+    norm:str="token",               # "token" (paper) or "channel" (EAT's code)
     padding:torch.Tensor|None=None, # bool [B, N], True where a token is padding
 ) -> torch.Tensor: # [B, N, D] float32, no gradient, zero where padding
     "Teacher's pooled tokens: mean of the normalised layers, then layer norm without affine (section III-D)."
     if not len(layers): raise ValueError("teacher_targets needs the output of at least one layer")
     with torch.no_grad():
-        total = sum(normalize_layer(x, target_norm, padding) for x in layers)/len(layers)
+        total = sum(normalize_layer(x, norm, padding) for x in layers)/len(layers)
         total = F.layer_norm(total, total.shape[-1:])
         return total if padding is None else total.masked_fill(padding.unsqueeze(-1), 0.)
 

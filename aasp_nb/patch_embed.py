@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block as PreNormBlock
 
 from .audio import zero_phase_highpass
@@ -178,9 +177,9 @@ def initial_raw(
 
 # %% ../nbs/03_patch_embed.ipynb #c1af0333
 def init_linear(module: nn.Module):
-    "ViT's convention: truncated normal of standard deviation 0.02 for linear weights, zero biases [chosen]."
+    "MAE's convention: Xavier-uniform linear weights, zero biases: content is as loud as positions at any width [chosen]."
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        nn.init.xavier_uniform_(module.weight)
         if module.bias is not None: nn.init.zeros_(module.bias)
 
 # %% ../nbs/03_patch_embed.ipynb #ed95f773

@@ -115,6 +115,7 @@ class ObjectiveFields:
     "Targets, losses and the teacher's moving average."
     target: Literal["teacher", "logmel"] = _field("teacher", "text", "predict the teacher or log-mel patches (control)")
     target_norm: Literal["token", "channel"] = _field("token", "text", "instance norm over width or tokens (EAT)")
+    cls_target_norm: Literal["token", "channel"] = _field("token", "text", "the same for the utterance-level target")
     target_layer: Literal["block", "ffn"] = _field("block", "chosen",
                                                    "block output or, as EAT, FFN output before the residual")
     teacher_cls: bool = _field(False, "text", "run the teacher with CLS and drop it from the targets (EAT)")
@@ -333,7 +334,7 @@ PRESETS = {"base": {}}  # per preset, the fields that differ from the defaults
 
 # %% ../nbs/08_pretraining.ipynb #918a5ab8
 PRESETS["eat"] = dict(patch_embed="standard", predictor="cnn", query_ratio=1.0, block_norm="post", teacher_cls=True,
-                      target_norm="channel", target_layer="ffn", contrastive_weight=0.0,
+                      target_norm="channel", cls_target_norm="channel", target_layer="ffn", contrastive_weight=0.0,
                       ema_base=0.9998, ema_end=0.99999, ema_schedule="linear", ema_steps=100_000)
 
 # %% ../nbs/08_pretraining.ipynb #eb63c20b
@@ -341,7 +342,7 @@ PRESETS["small"] = dict(embed_dim=384, num_heads=6, crop_seconds=2.0, n_frames=2
                         predictor_dim=256, predictor_heads=8, batch_size=128, steps=50_000, warmup_steps=5_000)
 PRESETS["tiny"] = dict(embed_dim=192, depth=6, num_heads=3, crop_seconds=2.0, n_frames=208, fill_crops=True,
                        sblu_dim=64, lambda_dim=64, lambda_depth=1, lambda_heads=1, views=8,
-                       predictor_dim=128, predictor_depth=2, predictor_heads=4, ema_base=0.99,
+                       predictor_dim=128, predictor_depth=2, predictor_heads=4, ema_base=0.99, target_norm="channel",
                        batch_size=32, steps=1_000, warmup_steps=100, lr=1e-3, precision="fp32")
 
 # %% ../nbs/08_pretraining.ipynb #773e8223
@@ -569,15 +570,17 @@ def encode_views(self:AaSP,
 def make_targets(self:AaSP,
     logmel:torch.Tensor,            # standardised log-mel [B, F, T]
     padding:torch.Tensor|None=None, # bool [B, N_t], True where a time patch is wholly padding
-) -> torch.Tensor: # [B, N, D] from the teacher, or [B, N, P_f*P_t] log-mel patches; no gradient
-    "What the predictor has to predict, for all patches."
+) -> tuple: # patch targets [B, N, D] (log-mel: [B, N, P_f*P_t]); tokens [B, N, D] whose mean CLS predicts, or None
+    "What the predictor and CLS have to predict, without gradient."
     c = self.config
     pad = patch_padding(padding, logmel.shape[-2]//c.patch_size[0])
-    if self.teacher is None: return logmel_targets(logmel, c.patch_size, pad)
+    if self.teacher is None: return logmel_targets(logmel, c.patch_size, pad), None
     with torch.no_grad():
         _, layers = self.teacher.forward_features(logmel, padding=padding, cls=c.teacher_cls,
                                                   return_layers=c.target_layer)
-        return teacher_targets(layers, c.target_norm, pad)
+        targets = teacher_targets(layers, c.target_norm, pad)
+        if c.cls_target_norm == c.target_norm: return targets, targets
+        return targets, teacher_targets(layers, c.cls_target_norm, pad)
 
 # %% ../nbs/08_pretraining.ipynb #589c7ea8
 @patch
@@ -618,12 +621,12 @@ def finish(self:AaSP,
     "Targets, predictions and the three losses."
     c = self.config
     n_freq, n_time = logmel.shape[-2]//c.patch_size[0], logmel.shape[-1]//c.patch_size[1]
-    pad, targets = patch_padding(padding, n_freq), self.make_targets(logmel, padding)
+    pad, (targets, utterance) = patch_padding(padding, n_freq), self.make_targets(logmel, padding)
     prediction = self.predict(views, masks, (n_freq, n_time))
     loss_mask = masked_prediction_loss(prediction, targets, masks.queries, pad, c.loss_scale,
                                        None if pad is None else views.valid)
     loss_cls = loss_mask.new_zeros(())
-    if self.teacher is not None: loss_cls = utterance_loss(views.cls, targets, pad, c.loss_scale)
+    if self.teacher is not None: loss_cls = utterance_loss(views.cls, utterance, pad, c.loss_scale)
     loss_con = self.contrastive_term(views, contrastive)
     loss = loss_mask + loss_cls + c.contrastive_weight*loss_con
     asked = None
