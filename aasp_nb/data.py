@@ -8,7 +8,7 @@ __all__ = ['AUDIO_SUFFIXES', 'aasp_home', 'ManifestError', 'inside', 'Manifest',
            'Loader', 'train_loader', 'eval_loader', 'valid_frames', 'dataset_statistics', 'describe']
 
 # %% ../nbs/09_data.ipynb #e491f708
-import csv, hashlib, json, math, os, shutil, signal, tempfile, warnings
+import copy, csv, hashlib, json, math, os, re, shutil, signal, tempfile, threading, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,10 +252,16 @@ class CachedReader:
         folder: str | Path,  # holds samples.npy (int16, all clips), index.npy (start, scale), broken.json
     ):
         folder = Path(folder)
-        self.data = np.load(folder / "samples.npy", mmap_mode="r")
-        index = np.load(folder / "index.npy")
-        self.edges, self.scale = index["start"], index["scale"]
-        self.broken = {int(k): v for k, v in json.loads((folder / "broken.json").read_text(encoding="utf-8")).items()}
+        try:
+            self.data = np.load(folder / "samples.npy", mmap_mode="r")
+            index = np.load(folder / "index.npy")
+            self.edges, self.scale = index["start"], index["scale"]
+            self.broken = {int(k): str(v) for k, v in json.loads((folder / "broken.json").read_text(encoding="utf-8")).items()}
+            whole = (self.data.dtype == np.int16 and self.data.ndim == 1 and len(index) > 0 and self.edges[0] == 0
+                     and (np.diff(self.edges) >= 0).all() and max(1, self.edges[-1]) == len(self.data)
+                     and np.isfinite(self.scale).all())
+        except Exception as e: raise ManifestError(f"the cache {folder} is damaged ({type(e).__name__})") from e
+        if not whole: raise ManifestError(f"the cache {folder} is damaged (its parts do not fit)")
 
     def __len__(self): return len(self.edges) - 1
 
@@ -291,6 +297,7 @@ def _decode(
     "One clip as scaled 16-bit integers."
     try: wave = reader.read(i).numpy()
     except AudioError as e: return np.zeros(0, np.int16), str(e)
+    except MemoryError: return np.zeros(0, np.int16), f"{reader.manifest.file(i)}: too long to decode at once; pass cache=False"
     scale = float(np.abs(wave).max()) / 32767 or 1.0
     return np.round(wave / scale).astype(np.int16), scale
 
@@ -305,7 +312,9 @@ def decode_once(
     from concurrent.futures import ThreadPoolExecutor
     parent = Path(folder or aasp_home("cache", "decoded"))
     final = parent / _digest(manifest, sr)
-    if final.is_dir(): return CachedReader(final)
+    if final.is_dir():
+        try: return CachedReader(final)
+        except ManifestError as e: warnings.warn(f"{e}: decoding again"); shutil.rmtree(final)
     parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=".decoding-", dir=parent))
     try:
@@ -564,21 +573,54 @@ def _quiet_worker(worker_id: int):
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"): signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 # %% ../nbs/09_data.ipynb #85fb2ba8
+def _from(
+    sampler,  # yields lists of keys
+    done: int,  # lists to leave out
+):  # the rest of it
+    "A sampler without its first batches."
+    if not done: return sampler
+    if not isinstance(sampler, StepSampler): return list(sampler)[done:]
+    rest = copy.copy(sampler)
+    rest.start += done
+    return rest
+
+def _lost_worker(e: RuntimeError) -> bool:
+    "Was a loader worker killed? An error in its code is another matter."
+    return re.search(r"DataLoader worker \(pid", str(e)) is not None
+
+# %% ../nbs/09_data.ipynb #49707539
 class Loader:
-    "A DataLoader that reports broken clips of its workers in the main process."
+    "A DataLoader that reports broken clips in the main process and replaces workers that were killed."
     def __init__(self,
         dataset: AudioDataset,  # what to load
         batch_sampler,  # yields lists of keys
         workers: int = 0,  # worker processes; 0 loads in this process
         pin_memory: bool = False,  # page-locked batches, for a GPU
-    ):
-        self.dataset, self.batch_sampler = dataset, batch_sampler
-        self.loader = DataLoader(dataset, batch_sampler=batch_sampler, num_workers=workers, collate_fn=collate,
-                                 worker_init_fn=_quiet_worker,
-                                 pin_memory=pin_memory, **({"prefetch_factor": 4} if workers else {}))
+        restarts: int = 5,  # how often killed workers are replaced
+    ): self.dataset, self.batch_sampler, self.workers, self.pin, self.restarts = dataset, batch_sampler, workers, pin_memory, restarts
+
+    def _start(self, done: int):
+        "Iterator over the batches from number `done` on."
+        old = signal.getsignal(signal.SIGCHLD)
+        it = iter(DataLoader(self.dataset, batch_sampler=_from(self.batch_sampler, done), num_workers=self.workers,
+                             collate_fn=collate, worker_init_fn=_quiet_worker, pin_memory=self.pin,
+                             **({"prefetch_factor": 4} if self.workers else {})))
+        # torch's handler would raise in the middle of a step; a killed worker is found when its batch is asked for
+        if old is not None and threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGCHLD, old)
+        return it
 
     def __iter__(self):
-        for batch in self.loader:
+        done, left, it = 0, self.restarts, self._start(0)
+        while True:
+            try: batch = next(it, StopIteration)
+            except RuntimeError as e:
+                if not _lost_worker(e) or not left: raise
+                for w in getattr(it, "_workers", ()): w.kill()
+                warnings.warn(f"a loader worker was killed, maybe for memory (lower workers): started new ones ({e})", stacklevel=2)
+                left, it = left - 1, self._start(done)
+                continue
+            if batch is StopIteration: return
+            done += 1
             if batch is None: continue
             for i, text in batch.pop("broken"): self.dataset.broken.add(i, text)
             yield batch
@@ -643,7 +685,7 @@ def describe(
     manifest: Manifest,  # clips
     sr: int = 16000,  # working rate, Hz
     limit: int = 500,  # headers to read, spread evenly; None: all
-) -> dict:  # clips, labels, splits, hours (estimated when limited), share shorter than 2 s, missing files
+) -> dict:  # clips, labels, splits, hours (estimated when limited), longest, share shorter than 2 s, missing files
     "What a manifest holds, as numbers to look at before a run."
     n = len(manifest)
     index = np.arange(n) if limit is None or n <= limit else np.linspace(0, n - 1, limit).round().astype(int)
@@ -651,7 +693,7 @@ def describe(
     for i in index:
         try: seconds.append(reader.samples(int(i)) / sr)
         except AudioError: missing += 1
-    out = dict(clips=n, looked_at=len(index), unreadable=missing, hours=float(np.mean(seconds or [0])) * n / 3600,
+    out = dict(clips=n, looked_at=len(index), unreadable=missing, longest_seconds=float(max(seconds, default=0)), hours=float(np.mean(seconds or [0])) * n / 3600,
                median_seconds=float(np.median(seconds or [0])), under_2s=float(np.mean([s < 2 for s in seconds] or [0])))
     for k in ("label", "split", "fold", "source"):
         if k in manifest and any(manifest.columns[k]): out[k + "s"] = dict(Counter(manifest.columns[k]).most_common(12))

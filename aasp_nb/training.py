@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'CHECKPOINT_FORMAT', 'MEASURED', 'param_groups', 'make_optimizer', 'cosine_warmup', 'step_generator',
-           'git_revision', 'environment', 'RunError', 'write_json', 'RunDir', 'read_metrics', 'CheckpointError',
-           'save_checkpoint', 'load_checkpoint', 'step_folders', 'latest_checkpoint', 'prune', 'optimizer_tensors',
-           'load_optimizer', 'Saver', 'StopRequest', 'duration', 'Progress', 'TrainingError', 'Window', 'Guard',
-           'pick_device', 'split_batch', 'Learner', 'fit', 'FrontEnd', 'AaSPLearner', 'save_encoder', 'load_encoder',
-           'as_config', 'check_same', 'prepare_data', 'describe_data', 'prepare_run', 'pretrain', 'restore',
-           'write_results', 'plot_metrics', 'notebook_parameters']
+           'git_revision', 'environment', 'RunError', 'writing', 'write_json', 'RunDir', 'read_metrics',
+           'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'step_folders', 'latest_checkpoint', 'prune',
+           'optimizer_tensors', 'load_optimizer', 'Saver', 'StopRequest', 'duration', 'Progress', 'TrainingError',
+           'Window', 'Guard', 'pick_device', 'split_batch', 'Learner', 'fit', 'check_space', 'FrontEnd', 'AaSPLearner',
+           'save_encoder', 'load_encoder', 'as_config', 'check_same', 'prepare_data', 'describe_data', 'prepare_run',
+           'pretrain', 'restore', 'write_results', 'plot_metrics', 'notebook_parameters']
 
 # %% ../nbs/10_training.ipynb #8bb7b9df
-import ast, contextlib, csv, difflib, fcntl, hashlib, json, math, os, platform, shutil, signal, subprocess, sys, time, warnings
+import ast, contextlib, csv, difflib, fcntl, hashlib, json, math, os, platform, shutil, signal, subprocess, sys, time, warnings, weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
@@ -114,6 +114,15 @@ def environment(
 class RunError(RuntimeError):
     "A run folder or a run that cannot go on; the message says what to do."
 
+@contextlib.contextmanager
+def writing(
+    path: str | Path,  # the run folder
+):
+    "Turn an error of the disk into a `RunError` that says how to go on."
+    try: yield
+    except OSError as e:
+        raise RunError(f"cannot write to {path}: {e}. Free space or rights, then go on with resume=\"auto\"") from e
+
 def write_json(
     path: str | Path,  # file
     data,  # anything JSON can hold; NaN and infinities become null
@@ -126,10 +135,12 @@ def write_json(
         return x if isinstance(x, (str, int, float, bool, type(None))) else str(x)
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
-    with tmp.open("w", encoding="utf-8") as f:
-        json.dump(clean(data), f, indent=1, ensure_ascii=False)
-        f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        with tmp.open("w", encoding="utf-8") as f:
+            json.dump(clean(data), f, indent=1, ensure_ascii=False)
+            f.flush(); os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/10_training.ipynb #9db41f08
 class RunDir:
@@ -140,12 +151,14 @@ class RunDir:
     ):
         if resume not in (False, True, "auto"): raise RunError(f'resume must be False, True or "auto", got {resume!r}')
         self.path, self.tensorboard, self._lock = Path(path).expanduser().absolute(), None, None
-        if (self.path / ".lock").is_file(): self._take_lock()
         try:
+            if (self.path / ".lock").is_file(): self._take_lock()
             self.resumed = self._check(resume)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             if self._lock is None: self._take_lock()
-        except OSError as e: raise RunError(f"cannot write to run_dir {self.path}: {e}") from e
+        except OSError as e:
+            self.close()
+            raise RunError(f"cannot write to run_dir {self.path}: {e}: choose another run_dir, or free space or rights") from e
         except RunError: self.close(); raise
 
     @property
@@ -165,9 +178,17 @@ class RunDir:
     def _take_lock(self):
         self._lock = (self.path / ".lock").open("a")
         try: fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+        except BlockingIOError as e:
             self._lock.close()
             raise RunError(f"another process is running in {self.path}: wait for it or choose another run_dir") from e
+        _LOCKED.add(self)
+
+_LOCKED = weakref.WeakSet()  # a forked child would keep a run locked for as long as it lives
+
+def _unlock_child():
+    for run in list(_LOCKED): run._lock.close()
+
+os.register_at_fork(after_in_child=_unlock_child)
 
 # %% ../nbs/10_training.ipynb #733e52d1
 @patch
@@ -176,20 +197,33 @@ def log(self: RunDir,
     show: bool = False,  # print it as well
 ):
     "Add a line with the time to log.txt."
-    with (self.path / "log.txt").open("a", encoding="utf-8") as f: f.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
     if show: print(text, flush=True)
+    with writing(self.path), (self.path / "log.txt").open("a", encoding="utf-8") as f:
+        f.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+@patch
+def check(self: RunDir):
+    "Raise `RunError` if the folder is not where it was: removed, renamed or unmounted."
+    try: same = os.path.samestat(os.stat(self.path / ".lock"), os.fstat(self._lock.fileno()))
+    except (OSError, ValueError): same = False
+    if not same: raise RunError(f"the run folder {self.path} is gone (removed, renamed or unmounted): bring it back, then go on "
+                                'with resume="auto"')
 
 @patch
 def close(self: RunDir):
     "Flush TensorBoard and give the lock back."
-    if self.tensorboard: self.tensorboard.close()
+    if self.tensorboard:
+        with contextlib.suppress(OSError): self.tensorboard.close()
     self.tensorboard = None
     if self._lock: self._lock.close()
 
 @patch
 def read_json(self: RunDir, name: str) -> dict:  # contents
     "One of the folder's JSON files."
-    return json.loads((self.path / name).read_text(encoding="utf-8"))
+    path = self.path / name
+    try: return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise RunError(f"{path} is missing or damaged ({e}): restore it, or choose another run_dir") from e
 
 # %% ../nbs/10_training.ipynb #97275ed1
 @patch
@@ -198,22 +232,27 @@ def add_metrics(self: RunDir,
 ):
     "Append one row to metrics.csv and to TensorBoard."
     path = self.path / "metrics.csv"
-    if not hasattr(self, "_header"):
-        with contextlib.suppress(OSError, StopIteration): self._header = next(csv.reader(path.open(encoding="utf-8")))
-    if getattr(self, "_header", None) is None or set(row) - set(self._header):
-        old = _metric_rows(path)
-        self._header = list(dict.fromkeys([*getattr(self, "_header", []), *row]))
-        _write_rows(path, self._header, old)
-    with path.open("a", newline="", encoding="utf-8") as f: csv.DictWriter(f, self._header).writerow(row)
-    if self.tensorboard:
+    with writing(self.path):
+        if set(row) - set(getattr(self, "_header", ())):
+            old = _metric_rows(path)
+            self._header = list(dict.fromkeys([*(old[0] if old else ()), *row]))
+            _write_rows(path, self._header, old)
+        with path.open("a", newline="", encoding="utf-8") as f: csv.DictWriter(f, self._header).writerow(row)
         for k, v in row.items():
-            if k != "step": self.tensorboard.add_scalar(k, v, row["step"])
+            if self.tensorboard and k != "step": self.tensorboard.add_scalar(k, v, row["step"])
 
 def _metric_rows(path: Path) -> list:
-    "Rows of a metrics file as text; none if there is no file. A last line cut short by a crash is left out."
+    "Rows of a metrics file as text; none if there is no file. Lines that a crash has cut or damaged are left out."
     if not path.is_file(): return []
-    with path.open(newline="", encoding="utf-8") as f: rows = list(csv.DictReader(f))
-    return [r for r in rows if None not in r.values() and None not in r]
+    lines = path.read_bytes().decode("utf-8", "replace").replace("\0", "").splitlines()
+    try: rows = list(csv.DictReader(lines))
+    except csv.Error: rows = [dict(zip(lines[0].split(","), l.split(","))) for l in lines[1:] if l.count(",") == lines[0].count(",")]
+    return [r for r in rows if None not in r.values() and None not in r and r.get("step", "").isdecimal()]
+
+def _number(text: str) -> float:
+    "A metric; NaN for what is no number."
+    try: return float(text)
+    except ValueError: return math.nan
 
 def _write_rows(path: Path, header: list, rows: list):
     "Write a metrics file anew, atomically."
@@ -230,17 +269,18 @@ def start_metrics(self: RunDir,
 ):
     "Drop rows behind `step` and open TensorBoard."
     rows = _metric_rows(self.path / "metrics.csv")
-    if rows: _write_rows(self.path / "metrics.csv", list(rows[0]), [r for r in rows if int(r["step"]) <= step])
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: self.log("TensorBoard is not installed: metrics go to metrics.csv only"); return
-    self.tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step + 1 if step else None)
+    with writing(self.path):
+        if rows: _write_rows(self.path / "metrics.csv", list(rows[0]), [r for r in rows if int(r["step"]) <= step])
+        try: from torch.utils.tensorboard import SummaryWriter
+        except ImportError: self.log("TensorBoard is not installed: metrics go to metrics.csv only"); return
+        self.tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step + 1 if step else None)
 
 def read_metrics(
     run_dir: str | Path,  # run folder
 ) -> dict:  # name -> float64 array, one entry per row; missing values are NaN
     "All series of a run's metrics.csv."
     rows = _metric_rows(Path(run_dir) / "metrics.csv")
-    return {k: np.array([float(r[k] or "nan") for r in rows]) for k in (rows[0] if rows else ())}
+    return {k: np.array([_number(r[k]) for r in rows]) for k in (rows[0] if rows else ())}
 
 # %% ../nbs/10_training.ipynb #6a46e375
 class CheckpointError(ValueError):
@@ -296,20 +336,22 @@ def load_checkpoint(
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file: a checkpoint is a folder of safetensors files (pickles are never read)")
     try: state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise CheckpointError(f"{folder}: no readable state.json ({e})") from e
+    except (OSError, ValueError, RecursionError) as e: raise CheckpointError(f"{folder}: no readable state.json ({e})") from e
     if not isinstance(state, dict) or state.get("sha256") != _seal(state):
         raise CheckpointError(f"{folder}: state.json is damaged (checksum differs)")
-    if state["format"] != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{folder}: format {state['format']}, this version reads {CHECKPOINT_FORMAT}")
-    out = {}
-    for name, digest in state["files"].items():
-        if only and Path(name).stem not in only: continue
-        path = folder / Path(name).name
-        if not path.is_file(): raise CheckpointError(f"{folder}: {name} is missing")
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{folder}: format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}")
+    if not isinstance(state.get("files"), dict): raise CheckpointError(f"{folder}: state.json names no files")
+    return {Path(n).stem: _load_file(folder, n, d) for n, d in state["files"].items() if not only or Path(n).stem in only}, state
+
+def _load_file(folder: Path, name: str, digest: str) -> dict:
+    "Tensors of one file of a checkpoint, if it has the digest."
+    path = folder / Path(name).name
+    if not path.is_file() or path.suffix != ".safetensors": raise CheckpointError(f"{folder}: {name} is missing")
+    try:
         if _sha256(path) != digest: raise CheckpointError(f"{folder}: {name} is damaged (checksum differs)")
-        try: out[path.stem] = load_file(path)
-        except SafetensorError as e: raise CheckpointError(f"{folder}: {name} cannot be read ({e})") from e
-    return out, state
+        return load_file(path)
+    except (SafetensorError, OSError) as e: raise CheckpointError(f"{folder}: {name} cannot be read ({e})") from e
 
 # %% ../nbs/10_training.ipynb #4114ea9c
 def step_folders(
@@ -328,13 +370,18 @@ def latest_checkpoint(
         except CheckpointError as e: warnings.warn(f"{e}; using the one before it", stacklevel=2)
     return None, None, None
 
+def _best(folder: str | Path) -> dict:
+    "Name and score of the best checkpoint; empty if none is known."
+    try: best = json.loads((Path(folder) / "best.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError): return {}
+    return best if isinstance(best, dict) else {}
+
 def prune(
     folder: str | Path,  # a run's `checkpoints`
     keep_last: int = 3,  # newest ones to keep, at least 1
 ):
     "Remove old checkpoints, except the newest `keep_last` and the one that best.json names."
-    best = Path(folder) / "best.json"
-    kept = json.loads(best.read_text(encoding="utf-8"))["name"] if best.is_file() else None
+    kept = _best(folder).get("name")
     for path in step_folders(folder)[:-max(1, keep_last)]:
         if path.name != kept: shutil.rmtree(path, ignore_errors=True)
 
@@ -380,20 +427,25 @@ class Saver:
 
     def _write(self, step, tensors, state):
         folder, name = self.run.checkpoints, f"step-{step:08d}"
+        self.run.check()
         if (folder / name).exists(): return
         save_checkpoint(folder / name, tensors, state)
-        best = self.run.read_json("checkpoints/best.json")["score"] if (folder / "best.json").is_file() else math.inf
         score = state["score"]
-        if score is not None and score < best: write_json(folder / "best.json", {"name": name, "score": score})
+        if score is not None and score < float(_best(folder).get("score") or math.inf): write_json(folder / "best.json", {"name": name, "score": score})
         prune(folder, self.keep_last)
 
     def wait(self):
         "Until the last checkpoint is on the disk."
         pending, self.pending = self.pending, None
         if pending is None: return
-        try: pending.result()
-        except OSError as e: raise RunError(f"cannot write a checkpoint to {self.run.path}: {e}. Free space or rights, "
-                                            'then go on with resume="auto"') from e
+        try:
+            with writing(self.run.path): pending.result()
+        except SafetensorError as e: raise RunError(f"cannot write to {self.run.path}: {e}. Free space or rights, "
+                                                    'then go on with resume="auto"') from e
+
+    def poll(self):
+        "Raise what a finished write raised, without waiting."
+        if self.pending is not None and self.pending.done(): self.wait()
 
 # %% ../nbs/10_training.ipynb #e999fe88
 class StopRequest:
@@ -472,6 +524,19 @@ def update(self: Progress,
     rare = now - self.shown < max(self.every, (now - self.begin) / 500) and not last
     self.run.log(self.line(step, row), show=self.mode == "text" and not rare)
     self.logged, self.shown = now, self.shown if rare else now
+    if not rare and not last: self.draw()
+
+@patch
+def draw(self: Progress):
+    "In a notebook: a picture of the losses that is replaced in place."
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if self.mode != "text" or getattr(shell, "kernel", None) is None: return
+    from IPython.display import display
+    import matplotlib.pyplot as plt
+    fig = plot_metrics(self.run.path, ["loss", "grad_norm", "lr"], 3)
+    if getattr(self, "picture", None): self.picture.update(fig)
+    else: self.picture = display(fig, display_id=True)
+    plt.close(fig)
 
 # %% ../nbs/10_training.ipynb #cf0d602a
 class TrainingError(RuntimeError):
@@ -646,6 +711,8 @@ def load_state(self: Learner,
     state: dict,  # from `load_checkpoint`
 ):
     "Put a checkpoint back; raises `CheckpointError` if it is of another model."
+    lost = {"model", "optimizer", "rng"} - set(tensors)
+    if lost: raise CheckpointError(f"the checkpoint holds no {', '.join(sorted(lost))}: it cannot be trained on")
     want, have = self.model.state_dict(), tensors["model"]
     wrong = sorted(set(want) ^ set(have)) or [k for k in want if want[k].shape != have[k].shape]
     if wrong: raise CheckpointError(f"the checkpoint is of another model: {len(wrong)} tensors differ, e.g. {wrong[0]!r}")
@@ -670,15 +737,26 @@ def fit(
     seconds: float = 0.0,  # trained before, in earlier sessions
     extra: dict = None,  # goes into each checkpoint's state
 ) -> dict:  # status, reason, step, steps, seconds (of all sessions), bad_steps, alarms, last (metrics)
-    "Train from `start` to `steps`; a signal, the time limit or an error in writing ends it at a step boundary."
+    "Train from `start` to `steps`; a signal, the time limit or an error in data or disk ends it at a step boundary."
     stop_at, guard, saver, window = min(stop_at or steps, steps), guard or Guard(run), Saver(run, keep_last), Window()
+    check_space(run, learner, keep_last)
     bar, row, step, clips, begin, reason = Progress(run, start, stop_at, progress), {}, start, 0, time.monotonic(), None
-    clock = begin
-    batches = iter(batches)
+    clock, batches = begin, iter(batches)
+
+    def keep():
+        tensors, state = learner.state()
+        state |= {**(extra or {}), "seconds": seconds + time.monotonic() - begin}
+        saver.save(step, tensors, state, row.get("loss"))
+
     try:
         with StopRequest() as stop:
             while step < stop_at and not reason:
-                batch = next(batches)
+                try: batch = next(batches)
+                except Exception:  # between two steps: what was trained is whole
+                    if step > start:
+                        if window.rows: row = _log_window(run, guard, window, step, clips, clock)
+                        keep(); saver.wait()
+                    raise
                 window.add(step, learner.step(batch, step), batch.get("index"))
                 step, clips = step + 1, clips + len(next(iter(batch.values())))
                 reason = stop.reason or ("max_minutes" if time.monotonic() - begin > 60 * (max_minutes or math.inf) else None)
@@ -686,19 +764,38 @@ def fit(
                     row, clock = _log_window(run, guard, window, step, clips, clock), time.monotonic()
                     clips = 0
                 bar.update(step, row, last=step == stop_at or bool(reason))
-                if step % save_every == 0 or step == stop_at or reason:
-                    tensors, state = learner.state()
-                    spent = seconds + time.monotonic() - begin
-                    saver.save(step, tensors, {**state, **(extra or {}), "seconds": spent}, row.get("loss"))
-        saver.wait()
+                if step % save_every == 0 or step == stop_at or reason: keep()
+                saver.poll()
+            saver.wait()
     finally:
         if hasattr(batches, "close"): batches.close()
-    return dict(status="finished" if step >= steps else "stopped", reason=reason, step=step, steps=steps,
-                seconds=seconds + time.monotonic() - begin, bad_steps=guard.total, alarms=guard.alarms, last=row)
+    return _tell(dict(status="finished" if step >= steps else "stopped", reason=reason, step=step, steps=steps,
+                      seconds=seconds + time.monotonic() - begin, bad_steps=guard.total, alarms=guard.alarms, last=row))
 
 # %% ../nbs/10_training.ipynb #5ddc5754
+def check_space(
+    run: RunDir,  # where checkpoints go
+    learner: Learner,  # what they hold
+    keep_last: int = 3,  # checkpoints kept, besides the best
+):
+    "Raise `RunError` where a checkpoint has no room; say so where those to keep have none."
+    params = 2 * sum(p.nbytes for p in learner.params)  # AdamW's moments
+    size = sum(t.nbytes for k, g in learner.state()[0].items() for t in g.values() if k != "optimizer") + params
+    free, missing = shutil.disk_usage(run.path).free, keep_last + 2 - len(step_folders(run.checkpoints))
+    text = f"{run.path} has {free / 2**20:.1f} MiB free and a checkpoint takes {size / 2**20:.1f} MiB"
+    if free < size: raise RunError(f"{text}: free space, or choose another run_dir")
+    if free < missing * size: run.log(f"{text}: not enough for keep_last={keep_last}, free some or lower it", show=True)
+
+def _tell(out: dict) -> dict:
+    "Let a launcher know how training ended: one line in the file that AASP_STATUS names."
+    if path := os.environ.get("AASP_STATUS"):
+        line = json.dumps({k: out[k] for k in ("status", "reason", "step", "steps")})
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as f: f.write(line + "\n")
+    return out
+
 def _log_window(run: RunDir, guard: Guard, window: Window, step: int, clips: int, since: float) -> dict:
     "Read the window's means, write them, and let the guard look at them."
+    run.check()
     n = len(window.rows)
     row, bad = window.flush()
     row = dict(step=step, **row, clips_per_s=clips / max(time.monotonic() - since, 1e-9))
@@ -792,11 +889,22 @@ def save_encoder(
     "An encoder as weights and configuration, for `load_encoder`."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}, folder / "model.safetensors")
+    new = folder / ".model.safetensors"
+    save_file({k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}, new)
+    _sync(new); os.replace(new, folder / "model.safetensors")
     write_json(folder / "config.json", config.to_dict())
+    write_json(folder / "checksums.json", {n: _sha256(folder / n) for n in ("model.safetensors", "config.json")})
     return folder
 
 # %% ../nbs/10_training.ipynb #3152b408
+def _compare(folder: Path):
+    "Raise `CheckpointError` where a file of an encoder folder differs from its checksum; without checksums nothing is compared."
+    if not (folder / "checksums.json").exists(): return
+    sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+    for name in ("model.safetensors", "config.json"):
+        if not isinstance(sums, dict) or _sha256(folder / name) != sums.get(name):
+            raise CheckpointError(f"{folder}: {name} is damaged (checksum differs): export or copy it again")
+
 def _encoder_source(path: Path, which: str) -> tuple:
     "Weights of an encoder and its configuration from a run, a checkpoint or an encoder folder."
     if (path / "checkpoints").is_dir():
@@ -804,8 +912,11 @@ def _encoder_source(path: Path, which: str) -> tuple:
         if folder is None: raise CheckpointError(f"{path} holds no readable checkpoint yet")
     elif (path / "state.json").is_file() or path.is_file(): tensors, state = load_checkpoint(path, ("model",))
     else:
-        try: return load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, SafetensorError) as e:
+        try:
+            _compare(path)
+            return load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except CheckpointError: raise
+        except (OSError, ValueError, RecursionError, SafetensorError) as e:
             raise CheckpointError(f"{path} is no run, checkpoint or encoder folder ({e})") from e
     weights = {k.split(".", 1)[1]: v for k, v in tensors["model"].items() if k.startswith(which + ".")}
     if not weights: raise CheckpointError(f"{path} holds no {which}")
@@ -822,6 +933,9 @@ def load_encoder(
     weights, config = _encoder_source(Path(path), which)
     config = AaSPConfig.from_dict(config)
     encoder = build_encoder(config)
+    missing = sorted(set(encoder.state_dict()) - set(weights))
+    if missing: raise CheckpointError(f"{path}: weights do not fit their configuration: {missing[0]!r} and {len(missing) - 1} more "
+                                      "are missing: export it again")
     try: encoder.load_state_dict(weights)
     except RuntimeError as e: raise CheckpointError(f"{path}: weights do not fit their configuration: {e}") from e
     return encoder.to(device).eval(), config
@@ -853,12 +967,14 @@ def check_same(
 def prepare_data(
     config: AaSPConfig,  # crop length, rate, seed
     data,  # folder, CSV, `Manifest`, or an `AudioDataset` of your own
-    cache: bool | str = "auto",  # decode once? "auto": if the decoded clips stay under 4 GiB
+    cache: bool | str = "auto",  # decode once? "auto": if they stay under 4 GiB and 20 minutes each
 ) -> AudioDataset:  # training crops
     "The training set of a run."
     if isinstance(data, AudioDataset): return data
     manifest, reader = Manifest.open(data), None
-    if cache == "auto": cache = describe(manifest, config.sample_rate, 200)["hours"] * 7200 * config.sample_rate < 2**32
+    if cache == "auto":
+        told = describe(manifest, config.sample_rate, 200)
+        cache = told["hours"] * 7200 * config.sample_rate < 2**32 and told["longest_seconds"] < 1200
     if cache: reader = decode_once(manifest, config.sample_rate, workers=os.cpu_count())
     return AudioDataset(manifest, config.crop_seconds, config.sample_rate, seed=config.seed,
                         fill_crops=config.fill_crops, reader=reader)
@@ -886,12 +1002,17 @@ def prepare_run(
         mean, std = dataset_statistics(dataset, build_logmel(config))
         config = replace(config, norm_mean=round(mean, 4), norm_std=round(std, 4), norm_measure=False)
         run.log(f"measured on the training set: norm_mean {mean:.4f}, norm_std {std:.4f}", show=True)
-    write_json(run.path / "data.json", data)
-    write_json(run.path / "environment.json", environment(device))
-    write_json(run.path / "config.json", config.to_dict())
+    with writing(run.path):
+        write_json(run.path / "data.json", data)
+        write_json(run.path / "environment.json", environment(device))
+        write_json(run.path / "config.json", config.to_dict())
     return config
 
 # %% ../nbs/10_training.ipynb #4330e9f6
+def _out_of_memory(e: Exception) -> bool:
+    "Is this the device or the machine out of memory?"
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+
 def pretrain(
     config,  # `AaSPConfig`, a preset's name ("tiny", "small", "base", "eat"), or a dictionary of fields
     data,  # folder of audio, CSV manifest, `Manifest`, or `AudioDataset`
@@ -922,7 +1043,8 @@ def pretrain(
         out = fit(learner, loader, run, config.steps, start, max_steps, guard=guard, seconds=seconds,
                   extra={"config": config.to_dict()}, **kw)
         return write_results(run, learner, dataset, config, out)
-    except torch.OutOfMemoryError as e:
+    except (MemoryError, RuntimeError) as e:
+        if not _out_of_memory(e): raise
         raise RunError(f"out of memory on {device}: raise accumulation_steps (now {config.accumulation_steps}), or lower "
                        f"batch_size ({config.batch_size}) or views ({config.views})") from e
     finally: run.close()
@@ -953,14 +1075,14 @@ def write_results(
     out: dict,  # from `fit`
 ) -> dict:  # what results.json holds
     "Export the encoder and write results.json."
-    save_encoder(learner.model.student, config, run.path / "encoder")
+    with writing(run.path): save_encoder(learner.model.student, config, run.path / "encoder")
     last, speed = step_folders(run.checkpoints), read_metrics(run.path).get("clips_per_s", np.zeros(1))
     results = out | dict(
         run_dir=str(run.path), clips_per_s=float(np.median(speed[1:] if len(speed) > 1 else speed)), checkpoint=last[-1].name if last else None, seed=config.seed, config=config.to_dict(),
         contrastive_scope=config.contrastive_scope, accumulation_steps=config.accumulation_steps,
         data=describe_data(dataset), broken_clips={dataset.manifest.columns["path"][i]: t for i, t in dataset.broken.seen.items()},
         environment=environment(learner.device), finished=datetime.now().isoformat(timespec="seconds"))
-    write_json(run.path / "results.json", results)
+    with writing(run.path): write_json(run.path / "results.json", results)
     return results
 
 # %% ../nbs/10_training.ipynb #7b4e2084
@@ -972,7 +1094,7 @@ def plot_metrics(
     "Every logged series of a run over its steps."
     import matplotlib.pyplot as plt
     series = read_metrics(run_dir)
-    names = names or [k for k in series if k != "step"]
+    names = [k for k in series if k != "step" and (names is None or k in names)]
     rows = max(1, math.ceil(len(names) / columns))
     fig, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2 * rows), squeeze=False, layout="constrained")
     for ax, name in zip(axes.flat, names):
@@ -1010,5 +1132,7 @@ def notebook_parameters(
         raise ConfigError(f"unknown parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"))
     def value(name, kind, empty):
         if empty and str(scope[name]).strip() in ("None", ""): return None
-        return scope[name] if kind is None else coerce(name, scope[name], simple[kind])
+        if kind is None: return scope[name]
+        plain = kind == "str" and isinstance(scope[name], (bool, int, float))  # papermill reads False and 2024 as what they look like
+        return str(scope[name]) if plain else coerce(name, scope[name], simple[kind])
     return {n: value(n, *how) for n, how in known.items()}

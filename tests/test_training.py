@@ -106,7 +106,7 @@ def test_killed_and_resumed_has_the_losses_of_an_uninterrupted_run(clips, whole,
         time.sleep(rng.random() * 0.2)
         process.kill()
         process.wait()
-        assert latest_checkpoint(tmp_path / "run" / "checkpoints")[2]["step"] in (step - step % 5 - 5, step - step % 5)
+        assert latest_checkpoint(tmp_path / "run" / "checkpoints")[2]["step"] % 5 == 0
     assert finish(start(clips, tmp_path / "run")) == "status finished None"
     got = read_metrics(tmp_path / "run")
     assert got["step"].tolist() == list(range(1, 25)) and agree(got, whole)
