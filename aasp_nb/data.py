@@ -424,7 +424,7 @@ class AudioDataset(Dataset):
         sr: int = 16000,  # working sample rate, Hz
         train: bool = True,  # random crops and replacement of broken clips; else the clip's beginning
         seed: int = 0,  # of the crops
-        fill_crops: bool = False,  # fill a crop from several clips of one source
+        fill_crops: bool = False,  # in training, fill a crop from several clips of one source
         labels: "np.ndarray | None" = None,  # one target per clip, e.g. `manifest.targets()`; None: no labels
         max_broken: float = None,  # share or number of broken clips allowed (default 0.05 in training, else 0)
         reader=None,  # where samples come from (default `FileReader`); e.g. `decode_once(manifest)`
@@ -463,7 +463,7 @@ def _pieces(self: AudioDataset,
     "A crop of the clip, and of others of its source until the crop is full."
     pieces, bad = [crop(self.reader, index, self.count, rng)], []
     have = len(pieces[0])
-    if not self.fill: return pieces, bad
+    if not self.fill or rng is None: return pieces, bad  # a clip that is evaluated stays itself
     number, groups = self.companions
     group = groups[number[index]]
     for _ in range(most):

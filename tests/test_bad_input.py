@@ -1,0 +1,515 @@
+"""A test for each row of the table in nbs/bad_input.ipynb: a clear message that says what to do, and nothing lost."""
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from safetensors.torch import load_file, save_file
+
+import aasp_nb.training as training
+from aasp_nb.audio import AudioError, LogMel, load_audio
+from aasp_nb.clips import generate_clip, write_clips
+from aasp_nb.data import AudioDataset, FileReader, Manifest, ManifestError, decode_once, train_loader
+from aasp_nb.pretraining import AaSPConfig, ConfigError
+from aasp_nb.training import CheckpointError, RunDir, RunError, TrainingError, load_checkpoint, load_encoder, pretrain, step_folders
+
+FIELDS = dict(embed_dim=32, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=8, lambda_dim=16, views=2, predictor_dim=32,
+              predictor_depth=1, predictor_heads=2, batch_size=2, crop_seconds=1.0, warmup_steps=2, steps=4, norm_measure=False)
+CALL = dict(device="cpu", cache=False, workers=0, log_every=1, progress="none")
+
+
+def config(**kw): return AaSPConfig.preset("tiny", **{**FIELDS, **kw})
+
+
+def refused(error, *words):
+    "A context that expects an error with all of these words."
+    return pytest.raises(error, match="(?s)" + "".join(f"(?=.*{re.escape(w)})" for w in words))
+
+
+@pytest.fixture
+def wav(tmp_path):
+    "A function that writes a good clip."
+    def write(name="a.wav", sr=16000, seconds=0.5, channels=1, **kw):
+        x = np.asarray(generate_clip("chirp", 0, 0, sr=sr, seconds=max(seconds, 0.1)))[:round(seconds * sr)]
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        sf.write(tmp_path / "d" / name, np.stack([x] * channels, 1), sr, **kw)
+        return tmp_path / "d" / name
+    return write
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory): return write_clips(tmp_path_factory.mktemp("clips"), per_class=1, seed=0, seconds=0.6)
+
+
+@pytest.fixture(scope="session")
+def trained(clips, tmp_path_factory):
+    run = tmp_path_factory.mktemp("trained") / "run"
+    pretrain(config(), clips, run, save_every=2, **CALL)
+    return run
+
+
+@pytest.fixture
+def copy(trained, tmp_path): return shutil.copytree(trained, tmp_path / "run")
+
+
+def skipped(bad, *words):
+    "A broken clip is refused alone with these words, and skipped, reported once and counted among good ones."
+    with refused(AudioError, *words): load_audio(bad)
+    for i in range(3): sf.write(bad.parent / f"good{i}.wav", np.asarray(generate_clip("chirp", i, 0, seconds=0.3)), 16000)
+    listed = Manifest(bad.parent, dict(path=[bad.name, "good0.wav", "good1.wav", "good2.wav"]))
+    data = AudioDataset(listed, 0.5)
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter("always")
+        seen = torch.cat([b["index"] for b in train_loader(data, 2, stop=6)])
+    assert len([x for x in w if "broken clip" in str(x.message)]) == 1 == len(data.broken.seen) and 0 not in seen and len(seen) == 12
+
+
+# --- audio ------------------------------------------------------------------------------------------------------------
+
+def test_row_other_rate(wav):
+    assert abs(len(load_audio(wav(sr=44100))) - 8000) <= 1 and len(AudioDataset(wav().parent, 0.5)[0]["wave"]) == 8000
+
+
+def test_row_stereo(wav):
+    assert torch.allclose(load_audio(wav("two.wav", channels=2)), load_audio(wav("one.wav")), atol=1e-4)
+
+
+def test_row_spaces_and_unicode(wav):
+    wav("mit Leerzeichen/grün & 音.wav")
+    m = Manifest.from_folder(wav().parent)
+    again = Manifest.open(m.to_csv(m.root / "manifest.csv"))
+    assert "mit Leerzeichen/grün & 音.wav" in again.columns["path"] and len(AudioDataset(again, 0.1)[1]["wave"]) == 1600
+
+
+def test_row_shorter_than_a_patch(wav, tmp_path):
+    wav("0.wav", seconds=0.01)
+    out = pretrain(config(fill_crops=False), wav("1.wav", seconds=0.01).parent, tmp_path / "run", **CALL)
+    assert out["step"] == 4 and math.isfinite(out["last"]["loss"]) and out["last"]["padded_share"] > 0.5
+
+
+def test_row_ten_hours(wav, tmp_path):
+    path = wav("long.wav", seconds=1.0)
+    head = bytearray(path.read_bytes()[:44])
+    size = 10 * 3600 * 32000
+    head[4:8], head[40:44] = (size + 36).to_bytes(4, "little"), size.to_bytes(4, "little")
+    path.write_bytes(head)
+    os.truncate(path, size + 44)  # sparse: takes no space
+    data = AudioDataset(path.parent, 0.5)
+    assert data.reader.samples(0) == 36000 * 16000 and data[0, 3]["wave"].shape == (8000,)
+    prepared = training.prepare_data(config(), path.parent)
+    assert isinstance(prepared.reader, FileReader)
+
+
+def test_row_no_samples(wav):
+    path = wav("bad.wav")
+    sf.write(path, np.zeros(0), 16000)
+    skipped(path, "bad.wav", "no audio samples", "leave it out")
+
+
+def test_row_zero_bytes(wav):
+    path = wav("bad.wav")
+    path.write_bytes(b"")
+    skipped(path, "bad.wav", "0 bytes", "again")
+
+
+@pytest.mark.parametrize("value", [np.nan])
+def test_row_nan_samples(wav, value):
+    path, x = wav("bad.wav"), np.zeros(8000, np.float32)
+    x[77] = value
+    sf.write(path, x, 16000, subtype="FLOAT")
+    skipped(path, "bad.wav", "NaN", "16-bit PCM")
+
+
+def test_row_infinite_samples(wav): test_row_nan_samples(wav, -np.inf)
+
+
+def test_row_truncated_wav(wav):
+    path = wav("bad.wav")
+    path.write_bytes(path.read_bytes()[:-4000])
+    skipped(path, "bad.wav", "truncated", "copy it again")
+
+
+def test_row_truncated_flac(wav):
+    path = wav("bad.flac")
+    path.write_bytes(path.read_bytes()[:-2000])
+    skipped(path, "bad.flac", "again")
+
+
+def test_row_text_as_wav(wav):
+    path = wav("bad.wav")
+    path.write_text("this is text " * 100)
+    skipped(path, "bad.wav", "cannot be read as audio", "convert")
+
+
+def test_row_no_permission(wav):
+    path = wav("bad.wav")
+    path.chmod(0)
+    if os.getuid(): return skipped(path, "bad.wav", "permissions")
+    place = Path(tempfile.mkdtemp(dir="/tmp"))  # root reads everything: be nobody for a moment
+    place.chmod(0o755)
+    try:
+        shutil.copy(path, place / "bad.wav")
+        (place / "bad.wav").chmod(0)
+        os.seteuid(65534)
+        try:
+            with refused(AudioError, "bad.wav", "permissions"): load_audio(place / "bad.wav")
+        finally: os.seteuid(0)
+    finally: shutil.rmtree(place)
+
+
+def test_row_missing_file(wav): skipped(wav("a.wav").parent / "bad.wav", "bad.wav", "no such file", "root")
+
+
+def test_row_vanished(tmp_path):
+    manifest = Manifest.open(write_clips(tmp_path / "c", per_class=1, seed=0, seconds=0.3))
+    real = training.Learner.step
+
+    def step(self, batch, s):
+        if s == 1: manifest.file(3).unlink()
+        return real(self, batch, s)
+
+    with pytest.MonkeyPatch.context() as m, pytest.warns(UserWarning, match="broken clip skipped"):
+        m.setattr(training.Learner, "step", step)
+        out = pretrain(config(steps=15), manifest, tmp_path / "run", **CALL)
+    assert out["status"] == "finished" and list(out["broken_clips"]) == [manifest.columns["path"][3]]
+
+
+def test_row_too_many_broken(tmp_path):
+    manifest = Manifest.open(write_clips(tmp_path / "c", per_class=1, seed=0, seconds=0.3))
+    real = training.Learner.step
+
+    def step(self, batch, s):
+        if s == 2:
+            for i in range(5): manifest.file(i).write_bytes(b"")
+        return real(self, batch, s)
+
+    with pytest.MonkeyPatch.context() as m, warnings.catch_warnings(), refused(AudioError, "max_broken", "Check the data folder"):
+        warnings.simplefilter("ignore")
+        m.setattr(training.Learner, "step", step)
+        pretrain(config(steps=30), manifest, tmp_path / "run", save_every=1000, **CALL)
+    path, _, state = training.latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert state["step"] >= 3  # what was trained is kept
+
+
+def test_row_bare_integers():
+    with refused(AudioError, "floating point", "full scale"): LogMel()(torch.zeros(1, 16000, dtype=torch.int16))
+
+
+# --- manifests --------------------------------------------------------------------------------------------------------
+
+def write(tmp_path, text):
+    path = tmp_path / "m.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_row_no_data(tmp_path):
+    with refused(ManifestError, "no data", "give a folder"): Manifest.open(tmp_path / "nothing")
+
+
+def test_row_folder_without_audio(tmp_path):
+    (tmp_path / "readme.txt").write_text("x")
+    with refused(ManifestError, "no audio below", ".wav"): Manifest.open(tmp_path)
+
+
+def test_row_empty_manifest(tmp_path):
+    for text in ("", "path,label\n", "\n\n"):
+        with refused(ManifestError, "no rows"): Manifest.open(write(tmp_path, text))
+
+
+def test_row_no_path_column(tmp_path):
+    with refused(ManifestError, "column 'path'", "file"): Manifest.open(write(tmp_path, "file,label\na.wav,x\n"))
+
+
+def test_row_ragged_rows(tmp_path):
+    with refused(ManifestError, "row 3", "3 fields", "2"): Manifest.open(write(tmp_path, "path,label\na.wav,x\nb.wav,x,y\n"))
+
+
+def test_row_not_utf8(tmp_path):
+    with refused(ManifestError, "UTF-8"): Manifest.open(write(tmp_path, b"path,label\n\xff\xfe.wav,x\n"))
+
+
+def test_row_duplicate_paths(tmp_path):
+    with pytest.warns(UserWarning, match="1 duplicate"): m = Manifest.open(write(tmp_path, "path,label\na.wav,x\n./a.wav,x\n"))
+    assert len(m) == 1
+
+
+def test_row_contradicting_labels(tmp_path):
+    with refused(ManifestError, "a.wav", "twice", "'a;b'"): Manifest.open(write(tmp_path, "path,label\na.wav,x\na.wav,y\n"))
+
+
+@pytest.mark.parametrize("path", ["../a.wav", "a/../../b.wav", "/etc/hostname", ".", ""])
+def test_row_leaves_root(tmp_path, path):
+    with refused(ManifestError, repr(path)): Manifest.open(write(tmp_path, f"path,label\nx.wav,1\n{path},1\n"))
+
+
+def test_row_no_labels(tmp_path):
+    with refused(ManifestError, "no column 'label'"): Manifest.open(write(tmp_path, "path\na.wav\n")).classes()
+
+
+def test_row_empty_labels(tmp_path):
+    with refused(ManifestError, "no label", "b.wav"): Manifest.open(write(tmp_path, "path,label\na.wav,x\nb.wav,\n")).classes()
+
+
+def test_row_unknown_labels(tmp_path):
+    with refused(ManifestError, "['y']", "not among"): Manifest.open(write(tmp_path, "path,label\na.wav,x\nb.wav,y\n")).targets(["x"])
+
+
+def test_row_unknown_column(tmp_path):
+    m = Manifest.open(write(tmp_path, "path,split\na.wav,train\n"))
+    with refused(ManifestError, "'fold'", "split"): m.select(fold=1)
+    with refused(ManifestError, "test", "train"): m.select(split="test")
+
+
+def test_row_damaged_cache(wav, tmp_path):
+    m = Manifest.from_folder(wav().parent)
+    want = decode_once(m, folder=tmp_path / "cache").read(0)
+    for name in ("samples.npy", "index.npy", "broken.json"):
+        file = next((tmp_path / "cache").iterdir()) / name
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.warns(UserWarning, match="damaged"): assert torch.equal(decode_once(m, folder=tmp_path / "cache").read(0), want)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+def test_row_unknown_preset():
+    with refused(ConfigError, "'tinny'", "did you mean 'tiny'"): AaSPConfig.preset("tinny")
+
+
+def test_row_unknown_field():
+    with refused(ConfigError, "'mask_ration'", "did you mean 'mask_ratio'"): config(mask_ration=0.7)
+
+
+def test_row_unknown_parameter(capsys, tmp_path):
+    from aasp_nb.cli import USAGE, main
+    assert main(["run", "pretrain", str(tmp_path / "o.ipynb"), "-p", "stepz", "5"]) == USAGE
+    assert "did you mean 'steps'" in capsys.readouterr().err and not (tmp_path / "o.ipynb").exists()
+
+
+def test_row_lost_tag(tmp_path):
+    from aasp_nb.cli import UsageError, launch
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("a: int = 1")]), tmp_path / "a.ipynb")
+    with refused(UsageError, "parameters", "needs one"): launch(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
+    with refused(ConfigError, "lost its tag"): training.notebook_parameters(dict(In=["", "# Parameters\na = 3", "a: int = 1"], a=1))
+
+
+@pytest.mark.parametrize("field, value", [("views", "many"), ("views", 2.5), ("lr", "fast"), ("adaptive", "maybe"), ("patch_size", 16),
+                                          ("phase", "odd"), ("block_sizes", "(4, 6)"), ("steps", None), ("seed", [1])])
+def test_row_wrong_type(field, value):
+    with refused(ConfigError, field, repr(value)): config(**{field: value})
+    assert config(lr="1e-3", adaptive="true", n_frames="None", patch_size="(16, 16)").lr == 1e-3
+
+
+@pytest.mark.parametrize("value", ["nan", math.nan, math.inf, "1e999"])
+def test_row_not_finite_field(value):
+    with refused(ConfigError, "lr"): config(lr=value)
+
+
+def test_row_even_kernel():
+    with refused(ConfigError, "kernel_size must be odd, got 64", "63 or 65"): config(kernel_size=64)
+
+
+def test_row_bands_not_divisible():
+    with refused(ConfigError, "n_mels 100", "patch height 16"): config(n_mels=100)
+
+
+def test_row_frames_not_divisible():
+    with refused(ConfigError, "n_frames 105", "112"): config(n_frames=105)
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, 0.999])
+def test_row_mask_ratio_0_or_1(value):
+    with refused(ConfigError, "mask_ratio"): config(mask_ratio=value)
+
+
+def test_row_zero_views():
+    with refused(ConfigError, "views must be positive"): config(views=0)
+    with refused(ConfigError, "views >= 2", "contrastive_weight = 0"): config(views=1)
+
+
+def test_row_heads_not_divisible():
+    with refused(ConfigError, "embed_dim 32", "num_heads 3"): config(num_heads=3)
+
+
+def test_row_warmup_too_long():
+    with refused(ConfigError, "warmup_steps 9", "lower warmup_steps"): config(warmup_steps=9)
+
+
+def test_row_batch_larger_than_data(clips, tmp_path):
+    with refused(ValueError, "batch_size is 64", "10 clips", "lower batch_size"): pretrain(config(batch_size=64), clips, tmp_path / "r", **CALL)
+
+
+def test_row_batch_not_divisible():
+    with refused(ConfigError, "batch_size 3", "accumulation_steps 2"): config(batch_size=3, accumulation_steps=2)
+
+
+def test_row_newer_configuration():
+    with refused(ConfigError, "version 2", "update"): AaSPConfig.from_dict(config().to_dict() | dict(version=2, brand_new=1))
+
+
+# --- runs and checkpoints -----------------------------------------------------------------------------------------------
+
+def test_row_run_exists(clips, trained):
+    before = sorted(p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file() and p.name != ".lock")
+    with refused(RunError, "holds a run already", 'resume="auto"'): pretrain(config(), clips, trained, **CALL)
+    assert before == sorted(p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file() and p.name != ".lock")
+
+
+def test_row_no_run_to_resume(clips, tmp_path):
+    with refused(RunError, "no run to resume", "check run_dir"): pretrain(config(), clips, tmp_path / "r", resume=True, **CALL)
+
+
+def test_row_folder_of_other_files(clips, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with refused(RunError, "not empty", "another run_dir"): pretrain(config(), clips, tmp_path, resume="auto", **CALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_row_second_run(copy):
+    first = RunDir(copy, resume=True)
+    try:
+        with refused(RunError, "another process", "wait"): RunDir(copy, resume=True)
+    finally: first.close()
+
+
+def test_row_folder_not_writable(clips, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file" / "run", Path("/proc/run")):
+        with refused(RunError, "cannot write to run_dir", "another run_dir"): pretrain(config(), clips, place, **CALL)
+
+
+def test_row_disk_full(clips, tmp_path, monkeypatch):
+    real = training.save_checkpoint
+
+    def full(folder, *a):
+        if folder.name == "step-00000004": raise OSError(122, "Disk quota exceeded")
+        return real(folder, *a)
+
+    monkeypatch.setattr(training, "save_checkpoint", full)
+    with refused(RunError, "Disk quota exceeded", "Free space", 'resume="auto"'):
+        pretrain(config(steps=50), clips, tmp_path / "run", save_every=2, **CALL)
+    monkeypatch.undo()
+    assert training.latest_checkpoint(tmp_path / "run" / "checkpoints")[2]["step"] == 2
+    assert pretrain(config(steps=50), clips, tmp_path / "run", resume=True, max_steps=6, **CALL)["step"] == 6
+
+
+def test_row_other_configuration(clips, copy):
+    with refused(RunError, "another configuration", "lr: 0.001 in the run, 0.01 now"): pretrain(config(lr=0.01), clips, copy, resume=True, **CALL)
+
+
+def test_row_other_data(wav, copy):
+    with refused(RunError, "another data set", "clips"): pretrain(config(), wav().parent, copy, resume=True, **CALL)
+
+
+def test_row_damaged_run_record(clips, copy):
+    (copy / "config.json").write_text('{"lr": 0.')
+    with refused(RunError, "config.json", "restore it"): pretrain(config(), clips, copy, resume=True, **CALL)
+
+
+def test_row_damaged_checkpoint(clips, copy):
+    file = step_folders(copy / "checkpoints")[-1] / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match="step-00000004.*optimizer.safetensors is damaged.*the one before"):
+        assert pretrain(config(), clips, copy, resume=True, **CALL)["status"] == "finished"
+
+
+def test_row_no_whole_checkpoint(clips, copy):
+    for p in step_folders(copy / "checkpoints"): (p / "state.json").write_text("{")
+    with warnings.catch_warnings(), refused(RunError, "no checkpoint", "whole", "another run_dir"):
+        warnings.simplefilter("ignore")
+        pretrain(config(), clips, copy, resume=True, **CALL)
+
+
+def reseal(folder, **change):
+    state = json.loads((folder / "state.json").read_text()) | change
+    (folder / "state.json").write_text(json.dumps(state | dict(sha256=training._seal(state))))
+
+
+def test_row_newer_checkpoint(copy):
+    last = step_folders(copy / "checkpoints")[-1]
+    reseal(last, format=2)
+    with refused(CheckpointError, last.name, "format 2", "reads 1"): load_checkpoint(last)
+
+
+def test_row_checkpoint_of_another_model(copy):
+    tensors, state = load_checkpoint(step_folders(copy / "checkpoints")[-1])
+    with refused(CheckpointError, "another model", "tensors differ"):
+        training.AaSPLearner(config(embed_dim=64)).load_state(tensors, state)
+    tensors["model"].pop("student.cls_token")
+    with refused(CheckpointError, "student.cls_token"): training.AaSPLearner(config()).load_state(tensors, state)
+
+
+def test_row_missing_tensor(copy):
+    weights = load_file(copy / "encoder" / "model.safetensors")
+    weights.pop("cls_token")
+    save_file(weights, copy / "encoder" / "model.safetensors")
+    with refused(CheckpointError, "damaged", "again"): load_encoder(copy / "encoder")
+    (copy / "encoder" / "checksums.json").unlink()
+    with refused(CheckpointError, "cls_token", "missing"): load_encoder(copy / "encoder")
+
+
+def test_row_pickle(tmp_path):
+    class Bomb:
+        def __reduce__(self): return os.system, (f"touch {tmp_path}/exploded",)
+    torch.save(dict(x=Bomb()), tmp_path / "model.pt")
+    (tmp_path / "enc").mkdir()
+    shutil.copy(tmp_path / "model.pt", tmp_path / "enc" / "model.safetensors")
+    (tmp_path / "enc" / "config.json").write_text("{}")
+    for call in (lambda: load_checkpoint(tmp_path / "model.pt"), lambda: load_encoder(tmp_path / "model.pt")):
+        with refused(CheckpointError, "pickles are never read", "safetensors"): call()
+    with refused(CheckpointError, "enc"): load_encoder(tmp_path / "enc")
+    assert not (tmp_path / "exploded").exists()
+
+
+# --- devices -------------------------------------------------------------------------------------------------------------
+
+def test_row_no_gpu(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with refused(RunError, "no GPU", 'device="cpu"'): pretrain(config(), clips, tmp_path / "run", device="cuda")
+    assert not (tmp_path / "run").exists()
+
+
+def test_row_unknown_device():
+    with refused(RunError, "'gpu'", "auto, cpu or cuda"): training.pick_device("gpu")
+
+
+def test_row_no_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Old GPU")
+    with refused(RunError, "Old GPU", "set precision to fp32"): training.pick_device("cuda", "bf16")
+
+
+def test_row_out_of_memory(clips, tmp_path, monkeypatch):
+    def step(self, batch, s): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(training.Learner, "step", step)
+    with refused(RunError, "out of memory", "accumulation_steps (now 1)", "batch_size (2)", "views (2)"):
+        pretrain(config(), clips, tmp_path / "run", **CALL)
+
+
+def test_row_not_finite_loss(clips, tmp_path, monkeypatch):
+    real = training.AaSPLearner.loss
+    monkeypatch.setattr(training.AaSPLearner, "loss", lambda self, b, g: (real(self, b, g)[0] * math.nan, real(self, b, g)[1]))
+    with refused(TrainingError, "not finite", "bad_steps.json", "lower lr"): pretrain(config(steps=40), clips, tmp_path / "run", **CALL)
+    assert len(json.loads((tmp_path / "run" / "bad_steps.json").read_text())) >= 20
+
+
+# --- the table -----------------------------------------------------------------------------------------------------------
+
+def test_every_row_of_the_table_has_a_test_and_every_test_a_row():
+    page = nbformat.read(Path(__file__).parent.parent / "nbs" / "bad_input.ipynb", 4)
+    rows = [m for c in page.cells if c.cell_type == "markdown" for m in re.findall(r"^\| (\w+) \|", c.source, re.M) if m != "row"]
+    tests = [n.removeprefix("test_row_") for n in globals() if n.startswith("test_row_")]
+    assert sorted(rows) == sorted(tests) and len(rows) >= 30
