@@ -7,7 +7,7 @@ __all__ = ['FINETUNE_PRESETS', 'BALANCE', 'FINETUNE_RULES', 'FinetuneConfig', 'F
            'layer_groups', 'mixup', 'spec_augment', 'uses_bce', 'as_targets', 'classification_loss', 'balanced_weights',
            'Parts', 'split_clips', 'PartReader', 'longest_frames', 'predict', 'Selection', 'Evaluation',
            'write_tensors', 'save_classifier', 'front_config', 'Classifier', 'load_classifier', 'FinetuneLearner',
-           'start_digest', 'Task', 'prepare_task', 'replace_train', 'finetune', 'as_finetune_config', 'make_learner',
+           'start_digest', 'Task', 'prepare_task', 'finetune', 'as_finetune_config', 'make_learner', 'task_loader',
            'finetune_all', 'finetune_summary', 'finetune_table', 'record_results', 'hours_heard']
 
 # %% ../nbs/12_finetuning.ipynb #365f7683
@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -197,7 +198,7 @@ def layer_index(
     if parts[1] == "blocks": return int(parts[2]) + 1
     return depth + 1 if parts[1] == "norm" else 0
 
-
+# %% ../nbs/12_finetuning.ipynb #2f5e86b7
 def layer_groups(
     model: FinetuneModel,  # to train
     weight_decay: float = 0.05,  # as in `param_groups`
@@ -227,7 +228,7 @@ def mixup(
     mix = lambda v: v.lerp(v[other.to(v.device)], (1 - share).to(v).reshape(-1, *[1] * (v.ndim - 1)))
     return mix(x), mix(target), None if padding is None else padding & padding[other.to(padding.device)]
 
-
+# %% ../nbs/12_finetuning.ipynb #b89ace5b
 def spec_augment(
     x: torch.Tensor,  # [B, F, T] standardised log-mel
     share: float = 0.2,  # longest mask as a share of the axis
@@ -308,7 +309,7 @@ def split_clips(
             raise ManifestError(f"column split needs 'train' and 'test', it has {sorted(set(column))[:12]}{hint}")
     return parts if len(parts.valid) or not validation else _hold_out_groups(manifest, parts, validation, seed)
 
-
+# %% ../nbs/12_finetuning.ipynb #acfe176f
 def _hold_out_groups(manifest, parts, share, seed):
     "Parts with a share of the training groups moved to validation."
     group = manifest.columns.get("group") or [""] * len(manifest)
@@ -335,7 +336,7 @@ class PartReader:
         "A clip or a part of it."
         return self.reader.read(int(self.index[i]), start, count)
 
-
+# %% ../nbs/12_finetuning.ipynb #133d2681
 def longest_frames(
     reader,  # of the clips
     hop_length: int = 160,  # samples per frame
@@ -446,7 +447,7 @@ def write_tensors(
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp)
     os.replace(tmp, path)
 
-
+# %% ../nbs/12_finetuning.ipynb #31eb4438
 def save_classifier(
     model: FinetuneModel,  # trained
     encoder_config: AaSPConfig,  # that its encoder was built from
@@ -463,7 +464,7 @@ def save_classifier(
                                                 encoder=encoder_config.to_dict()))
     return folder
 
-# %% ../nbs/12_finetuning.ipynb #31eb4438
+# %% ../nbs/12_finetuning.ipynb #2568dae1
 def front_config(
     config: AaSPConfig,  # of the encoder
     frames: int,  # spectrogram frames per clip, a multiple of the patch width
@@ -474,7 +475,7 @@ def front_config(
     return config.replace(n_frames=frames, crop_seconds=frames * config.hop_length / config.sample_rate, norm_mean=mean,
                           norm_std=std, norm_measure=False, fill_crops=False)
 
-
+# %% ../nbs/12_finetuning.ipynb #0920f9aa
 @dataclass
 class Classifier:
     "A fine-tuned model with what it needs to hear: `logits(waves, valid_samples)`."
@@ -492,7 +493,7 @@ class Classifier:
         logits = self.model(self.front(waves.to(device)), None if padding is None else padding.to(device))
         return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
-
+# %% ../nbs/12_finetuning.ipynb #1a40392e
 def load_classifier(
     folder: str | Path,  # written by `save_classifier`: `model` or `best_valid` of a run
     device: str | torch.device = "cpu",  # where to put it
@@ -533,17 +534,6 @@ class FinetuneLearner(Learner):
     @property
     def best(self) -> FinetuneModel: return self.average.module if self.average else self.model  # what is evaluated
 
-    def prepare(self, batch, step):
-        "Log-mel, targets and padding of a batch, mixed and masked."
-        c, padding = self.config, self.front.padding(batch["valid_samples"])
-        x = self.front(batch["wave"].to(self.device, non_blocking=True))
-        y = as_targets(batch["label"].to(self.device), self.model.head.out_features, self.bce)
-        step_generator(self.seed, step, micro=2**20)  # torch's global generators, for the masks
-        if c.mixup: x, y, padding = mixup(x, y, padding, c.mixup, np.random.default_rng([self.seed, step, 2**20]))
-        if c.spec_augment: x = spec_augment(x, c.spec_augment)
-        out = dict(logmel=x, target=y)
-        return out if padding is None else out | dict(padding=padding.to(self.device, non_blocking=True))
-
     def loss(self, batch, generator):
         return classification_loss(self.model(batch["logmel"], batch.get("padding")), batch["target"]), {}
 
@@ -551,6 +541,19 @@ class FinetuneLearner(Learner):
         if self.average: self.average.update(self.model)
         if self.evaluation: self.evaluation(self.best, step + 1)
         return {}
+
+# %% ../nbs/12_finetuning.ipynb #e3127d29
+@patch
+def prepare(self: FinetuneLearner, batch: dict, step: int) -> dict:
+    "Log-mel, targets and padding of a batch, mixed and masked."
+    c, padding = self.config, self.front.padding(batch["valid_samples"])
+    x = self.front(batch["wave"].to(self.device, non_blocking=True))
+    y = as_targets(batch["label"].to(self.device), self.model.head.out_features, self.bce)
+    step_generator(self.seed, step, micro=2**20)  # torch's global generators, for the masks
+    if c.mixup: x, y, padding = mixup(x, y, padding, c.mixup, np.random.default_rng([self.seed, step, 2**20]))
+    if c.spec_augment: x = spec_augment(x, c.spec_augment)
+    out = dict(logmel=x, target=y)
+    return out if padding is None else out | dict(padding=padding.to(self.device, non_blocking=True))
 
 # %% ../nbs/12_finetuning.ipynb #e91c9bde
 @patch
@@ -577,7 +580,7 @@ def start_digest(
     "Names the weights a run starts from, so that it is not resumed with others."
     return hashlib.sha256(save({k: v.contiguous() for k, v in encoder.state_dict().items()})).hexdigest()[:16]
 
-
+# %% ../nbs/12_finetuning.ipynb #9b8db309
 @dataclass
 class Task:
     "What a run trains and is scored on: made by `prepare_task`."
@@ -635,7 +638,7 @@ def _records(run: RunDir, task: Task, start: str, fold, device) -> Task:
         return replace(task, front=AaSPConfig.from_dict(have["front"]))
     front = task.front
     if task.config.normalization == "dataset":
-        mean, std = dataset_statistics(replace_train(task.train), build_logmel(front))
+        mean, std = dataset_statistics(_from_start(task.train), build_logmel(front))
         front = front_config(front, front.n_frames, (round(mean, 4), round(std, 4)))
         run.log(f"measured on the training clips: mean {mean:.4f}, deviation {std:.4f}", show=False)
     write_json(run.path / "data.json", data)
@@ -644,7 +647,7 @@ def _records(run: RunDir, task: Task, start: str, fold, device) -> Task:
     return replace(task, front=front)
 
 
-def replace_train(dataset: AudioDataset) -> AudioDataset:
+def _from_start(dataset: AudioDataset) -> AudioDataset:
     "The same clips from their beginning, without labels, tolerant of broken ones."
     return AudioDataset(dataset.manifest, dataset.count / dataset.sr, dataset.sr, train=False, reader=dataset.reader,
                         max_broken=len(dataset))
@@ -674,13 +677,10 @@ def finetune(
         encoder, encoder_config = start if isinstance(start, tuple) else load_encoder(start)
         task = prepare_task(config, encoder_config, data, fold, classes, cache, max_broken)
         task, c = _records(run, task, start_digest(encoder), fold, device), task.config
+        if done := _done(run, max_steps): return done
         learner = make_learner(task, (encoder, encoder_config), run.path, device, workers)
         begin, seconds = restore(run, learner)
-        if run.resumed and begin >= min(max_steps or c.steps, c.steps) and (run.path / "results.json").is_file():
-            return run.read_json("results.json") | dict(reason=None)
-        weights = balanced_weights(task.train.labels, c.balance) if c.sampling == "balanced" else None
-        loader = train_loader(task.train, c.batch_size, c.seed, begin, workers=workers, weights=weights,
-                              size=c.epoch_clips, pin_memory=device.type == "cuda")
+        loader = task_loader(task, begin, workers, pin_memory=device.type == "cuda")
         run.start_metrics(begin)
         out = fit(learner, loader, run, c.steps, begin, max_steps, guard=Guard(run, floors={}), seconds=seconds, **kw)
         return _results(run, learner, task, encoder_config, out, fold)
@@ -696,7 +696,7 @@ def as_finetune_config(
     if isinstance(config, FinetuneConfig): return config
     return FinetuneConfig.preset(config) if isinstance(config, str) else FinetuneConfig.from_dict(config)
 
-
+# %% ../nbs/12_finetuning.ipynb #432e9589
 def make_learner(
     task: Task,  # of the run
     start: tuple,  # (AudioViT, AaSPConfig)
@@ -712,7 +712,20 @@ def make_learner(
     evaluation = Evaluation(folder, front, task.evaluated, task.metric, due, keep, c.batch_size, c.precision, workers)
     return FinetuneLearner(model, c, front, task.multi_label, evaluation)
 
-# %% ../nbs/12_finetuning.ipynb #432e9589
+# %% ../nbs/12_finetuning.ipynb #1ba31e8e
+def task_loader(
+    task: Task,  # of the run
+    start: int = 0,  # first step
+    workers: int = 0,  # loader processes
+    **kw,  # as in `train_loader`
+):  # one labelled batch per step
+    "Training batches in the recipe's order: every clip once an epoch, or balanced by class."
+    c = task.config
+    weights = balanced_weights(task.train.labels, c.balance) if c.sampling == "balanced" else None
+    kw |= dict(workers=workers, weights=weights, size=c.epoch_clips)
+    return train_loader(task.train, c.batch_size, c.seed, start, **kw)
+
+# %% ../nbs/12_finetuning.ipynb #e345883f
 def _results(run, learner, task, encoder_config, out, fold) -> dict:
     "Export the model at its last step and write results.json."
     c, kept = task.config, learner.evaluation.selection.kept
@@ -728,7 +741,15 @@ def _results(run, learner, task, encoder_config, out, fold) -> dict:
         settings=c.deviations(), config=c.to_dict(), norm=[task.front.norm_mean, task.front.norm_std],
         broken_clips=broken, environment=environment(learner.device))
     write_json(run.path / "results.json", results)
+    if out["status"] == "finished": shutil.rmtree(run.checkpoints, ignore_errors=True)
     return results
+
+
+def _done(run, max_steps) -> dict | None:
+    "The results of a resumed run that has nothing left to do."
+    if not run.resumed or not (run.path / "results.json").is_file(): return None
+    results = run.read_json("results.json")
+    if results["status"] == "finished" or results["step"] >= (max_steps or math.inf): return results | dict(reason=None)
 
 # %% ../nbs/12_finetuning.ipynb #079a17a6
 def finetune_all(
@@ -774,7 +795,7 @@ def finetune_summary(
     return dict(rule=rule, metric=results[0]["metric"], mean=float(np.nanmean(grid)), seed_std=std(grid.mean(1)),
                 fold_std=std(grid.mean(0)), seeds=len(seeds), folds=len(folds), runs=len(done), n=n)
 
-
+# %% ../nbs/12_finetuning.ipynb #dbeae526
 def finetune_table(
     results: list,  # of `finetune_all`
 ) -> Table:  # markdown

@@ -58,7 +58,7 @@ def from_pretrained(cls: AaSPEncoder,
     encoder, config = load_encoder(Path(path).expanduser(), which)
     return cls(encoder, config).to(device)
 
-
+# %% ../nbs/18_hub.ipynb #eba69674
 @patch
 def save_pretrained(self: AaSPEncoder,
     folder: str | Path,  # gets model.safetensors and config.json
@@ -179,7 +179,7 @@ def embed(self: AaSPEncoder,
     stack = lambda name: None if getattr(out[0], name) is None else torch.stack([getattr(e, name) for e in out])
     return Embedding(stack("scene"), stack("frames"), out[0].times)
 
-
+# %% ../nbs/18_hub.ipynb #8d041b3b
 @patch
 def _pooled(self: AaSPEncoder, waves, size, frames, batch_size):
     "A `_Pool` per clip; windows of one length are encoded together."
