@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODULATION_EDGES', 'BASELINES', 'PROBE_PRESETS', 'RULES', 'FEATURE_VERSION', 'ProbeError', 'target_frames',
-           'padding_mask', 'pool_tokens', 'WholeClips', 'extract_features', 'logmel_statistics', 'modulation_energies',
-           'modulation_statistics', 'extract_baseline', 'encoder_fingerprint', 'data_fingerprint', 'cached',
-           'ProbeData', 'probe_data', 'ProbeConfig', 'probe_preset', 'probe_deviations', 'probe_runs', 'linear_probe',
-           'bootstrap_interval', 'ProbeResult', 'probe_summary', 'probe_table', 'ProbeModel', 'open_model',
-           'input_statistics', 'model_features', 'run_probe', 'save_probe', 'Lines']
+           'padding_mask', 'pool_tokens', 'WholeClips', 'window_starts', 'encode_clips', 'extract_features',
+           'logmel_statistics', 'modulation_energies', 'modulation_statistics', 'extract_baseline',
+           'encoder_fingerprint', 'data_fingerprint', 'cached', 'ProbeData', 'probe_data', 'ProbeConfig',
+           'probe_preset', 'probe_deviations', 'probe_runs', 'linear_probe', 'bootstrap_interval', 'ProbeResult',
+           'probe_summary', 'probe_table', 'ProbeModel', 'open_model', 'input_statistics', 'model_features',
+           'run_probe', 'save_probe', 'Lines']
 
 # %% ../nbs/13_probing.ipynb #967cb4ee
 import hashlib
@@ -140,6 +141,37 @@ def _clip_samples(config, frames):
     hop, patch = config.hop_length, config.patch_size[1]
     return lambda valid: target_frames(valid, hop, patch, frames) * hop - 1
 
+# %% ../nbs/13_probing.ipynb #0722972d
+def window_starts(
+    patches: int,  # time patches of the clip
+    size: int,  # time patches of a window
+) -> list:  # (first patch of the window, first patch in it that counts)
+    "Windows that cover a clip; each time patch counts in exactly one."
+    if patches <= size: return [(0, 0)]
+    out = [(s, 0) for s in range(0, patches - size + 1, size)]
+    return out + [(patches - size, size - patches % size)] * bool(patches % size)
+
+# %% ../nbs/13_probing.ipynb #edefdd10
+def encode_clips(
+    encoder: nn.Module,  # frozen `AudioViT`
+    x: torch.Tensor,  # [B, F, T] standardised log-mel
+    padding: torch.Tensor,  # [B, N_t] bool, True where a time patch is wholly padding
+    window: int | None = None,  # time patches of a window; None: clips of any length are encoded whole
+) -> torch.Tensor:  # [B, 2 D]
+    "Pooled tokens of a batch; over windows they are averaged by the time patches that each window counts for."
+    n, total, share = padding.shape[1], 0.0, 0.0
+    for start, first in window_starts(n, window or n):
+        stop = min(start + (window or n), n)
+        hide, width = padding[:, start:stop], x.shape[-1] // n
+        left_out = hide.clone()
+        left_out[:, :first] = True
+        tokens = encoder.forward_features(x[..., start * width:stop * width], padding=hide if bool(hide.any()) else None)
+        counted = (~left_out).sum(1, keepdim=True)
+        pooled = pool_tokens(tokens, left_out if bool(left_out.any()) else None)
+        total = total + torch.where(counted > 0, pooled * counted, 0)
+        share = share + counted
+    return total / share
+
 # %% ../nbs/13_probing.ipynb #dd9b6ca1
 @torch.no_grad()
 def extract_features(
@@ -148,6 +180,7 @@ def extract_features(
     dataset,  # items are dicts with `wave` [S] at the configuration's sample rate and `valid_samples`
     frames: int | None = None,  # fixed number of frames (see `Benchmark.frames`); None: each clip's own length
     norm: tuple | None = None,  # (mean, std) of the log-mel; None: the configuration's
+    window: int | None = None,  # time patches of a window for longer clips; None: positions are interpolated (paper)
     batch_size: int = 32,  # clips per forward pass; does not change the result
     device: str | torch.device = "cpu",  # where to compute
     num_workers: int = 0,  # decoding processes
@@ -162,18 +195,12 @@ def extract_features(
         for index, waves, valid in _baskets(dataset, _clip_samples(config, frames), batch_size, num_workers):
             x = standardize(logmel(waves.to(device)), mean, std)
             padding = padding_mask(valid, x.shape[-1], config.hop_length, config.patch_size[1]).to(device)
-            h = _encode(encoder, x, padding).float().cpu().numpy()
+            h = encode_clips(encoder, x, padding, window).float().cpu().numpy()
             if out is None: out = np.full((len(dataset), h.shape[1]), np.nan, np.float32)
             out[index], done = h, done + len(index)
             if progress: progress(done, len(dataset))
     finally: encoder.train(was_training)
     return out if out is not None else np.zeros((0, 0), np.float32)
-
-
-def _encode(encoder, x, padding):
-    "Pooled tokens of a batch; the mask is passed only where it hides something."
-    hide = padding if bool(padding.any()) else None
-    return pool_tokens(encoder.forward_features(x, padding=hide), hide)
 
 # %% ../nbs/13_probing.ipynb #4926c62b
 def logmel_statistics(
@@ -737,21 +764,24 @@ def model_features(
     workers: int = 0,  # decoding processes
     max_broken: float = 0,  # share or number of unreadable clips that is tolerated
     max_seconds: float = 30.0,  # of a clip, where its own length is used
+    long: str = "interpolate",  # clips longer than pre-training's crops: "interpolate" positions (paper) or "windows"
     progress=None,  # called with (clips done, clips)
 ) -> tuple:  # features [N, D], and the settings they were made with
     "Features of a manifest's clips, from the cache if they are there."
     if normalization not in ("auto", "checkpoint", "dataset"):
         raise ProbeError(f"normalization must be auto, checkpoint or dataset, got {normalization!r}")
+    if long not in ("interpolate", "windows"): raise ProbeError(f"long must be interpolate or windows, got {long!r}")
     c, seconds = model.config, max_seconds if frames is None else frames * model.config.hop_length / model.config.sample_rate
     settings = dict(frames=frames, max_seconds=None if frames else max_seconds)
     if model.encoder is not None:
         measured = normalization == "dataset" or normalization == "auto" and model.kind == "untrained"
         norm = input_statistics(manifest, c, min(seconds, 10.0), cache) if measured else (c.norm_mean, c.norm_std)
-        settings.update(normalization="dataset" if measured else "checkpoint", norm=[round(v, 4) for v in norm])
+        settings.update(long=long, normalization="dataset" if measured else "checkpoint", norm=[round(v, 4) for v in norm])
     def compute():
         clips = WholeClips(manifest, c.sample_rate, seconds, max_broken)
         if model.encoder is None: return extract_baseline(model.kind, c, clips, num_workers=workers, progress=progress)
-        return extract_features(model.encoder, c, clips, frames, norm, device=device, num_workers=workers, progress=progress)
+        return extract_features(model.encoder, c, clips, frames, norm, c.grid[1] if long == "windows" else None,
+                                device=device, num_workers=workers, progress=progress)
     key = dict(version=FEATURE_VERSION, kind=model.kind, weights=model.fingerprint, config=c.to_dict(),
                data=data_fingerprint(manifest), **settings)
     return cached(cache, key, compute), settings
