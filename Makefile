@@ -21,7 +21,10 @@ $(VENV)/.ready: settings.ini constraints.txt setup.py
 setup: $(VENV)/.ready   ## create the environment
 
 demo: $(VENV)/.ready    ## pre-train a small AaSP, probe it, draw figures (DATA=folder-or-manifest for your own audio)
-	@$(BIN)/python -m aasp_nb.demo --out $(OUT)/demo $(if $(DATA),--data "$(DATA)")
+	@mkdir -p $(OUT)/demo
+	@$(BIN)/papermill nbs/runs/demo.ipynb $(OUT)/demo/demo.ipynb --no-progress-bar --log-output \
+	  -p out "$(abspath $(OUT))/demo" $(if $(DATA),-p data "$(abspath $(DATA))")
+	@echo; cat $(OUT)/demo/summary.txt
 
 test: $(VENV)/.ready    ## every test that fits into 14 minutes on two cores
 	@$(BIN)/python tests/run.py
