@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-_real = {"ran": 0}
+REAL = ROOT / "out" / ".real_audio_tests"  # one line per test that used real audio, whatever process ran it
 
 
 def real_data_root() -> Path | None:
@@ -36,18 +36,19 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
-def real_data() -> Path:
+def real_data(request) -> Path:
     "Root of the real labelled audio; the test is skipped, loudly, where there is none."
     root = real_data_root()
     if root is None: pytest.skip("SKIPPED: no real audio; set AASP_DATA")
-    _real["ran"] += 1
+    with REAL.open("a") as f: f.write(request.node.nodeid + "\n")
     return root
 
 
-def pytest_sessionfinish(session, exitstatus):
-    (ROOT / "out").mkdir(exist_ok=True)
-    (ROOT / "out" / ".real_audio_tests").write_text(str(_real["ran"]))
+def pytest_sessionstart(session):
+    if hasattr(session.config, "workerinput"): return
+    REAL.parent.mkdir(exist_ok=True)
+    REAL.write_text("")
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not _real["ran"]: terminalreporter.write_line("NO real-audio test ran (set AASP_DATA)")
+    if not REAL.exists() or not REAL.read_text(): terminalreporter.write_line("NO real-audio test ran (set AASP_DATA)")

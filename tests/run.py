@@ -21,7 +21,7 @@ def digest(folder: str, pattern: str) -> dict:
 def run(*command: str) -> tuple[int, str]:
     "Run a command in the repository root, echo its output as it comes, and return its code and output."
     proc = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env={**os.environ, "PYTHONUNBUFFERED": "1"})
+                            env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"})
     lines = []
     for line in proc.stdout:
         sys.stdout.write(line); sys.stdout.flush()
@@ -47,15 +47,17 @@ def notebooks() -> tuple[int, int, int]:
     if flags: command += ["--flags", flags]
     code, text = run(*command)
     names = set(re.findall(r"Starting .*?([\w]+\.ipynb)", text))
-    failed = set(re.findall(r"Error in .*?([\w]+\.ipynb)", text)) if code else set()
+    failed = set(re.findall(r"^\s+([\w]+\.ipynb)\s*$", text.partition("Failed On The Following")[2], re.M))
     if code and not failed: failed = {"unknown"}
     return len(names - failed), len(failed), 0
 
 
 def pytests(full: bool) -> tuple[int, int, int]:
     "pytest over tests/; the counts are read from its last line."
-    code, text = run(sys.executable, "-m", "pytest", "-q", "-rs", "--durations=8", "tests", *(["--full"] if full else []))
-    count = lambda word: sum(int(n) for n in re.findall(rf"(\d+) {word}", text.strip().splitlines()[-1]))
+    code, text = run(sys.executable, "-m", "pytest", "-q", "-rs", "--durations=12", "-n", "2", "--dist", "loadfile", "tests",
+                     *(["--full"] if full else []))
+    last = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|skipped|error)", line)][-1:]
+    count = lambda word: sum(int(n) for n in re.findall(rf"(\d+) {word}", "".join(last)))
     passed, failed, skipped = count("passed"), count("failed") + count("error"), count("skipped")
     return passed, max(failed, int(code not in (0, 5))), skipped
 
@@ -80,7 +82,7 @@ def main() -> int:
     for name, passed, failed, skipped, seconds in rows:
         print(f"{name:34}{passed:>8}{failed:>8}{skipped:>9}{seconds:>9.0f}")
     real = ROOT / "out" / ".real_audio_tests"
-    ran = int(real.read_text()) if real.exists() else 0
+    ran = len(real.read_text().splitlines()) if real.exists() else 0
     print(f"{total[0]} passed, {total[1]} failed, {total[2]} skipped")
     print(f"real-audio tests run: {ran}" if ran else
           "NO real-audio test ran: set AASP_DATA to a folder of labelled audio to run them")
