@@ -307,7 +307,9 @@ function scaleOf(axis, a, b) {
 function ticksOf(axis, count) {
   if (axis.ticks) return axis.ticks;
   const [lo, hi] = axis.lim;
-  return (axis.scale === 'log' ? logTicks(lo, hi) : niceTicks(lo, hi, count)).map(v => [v, text(v)]);
+  if (axis.scale !== 'log') return niceTicks(lo, hi, count).map(v => [v, text(v)]);
+  const up = k => String(k).split('').map(c => '\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079'[c] ?? '\u207b').join('');
+  return logTicks(lo, hi).map(v => [v, hi / lo > 1e3 ? '10' + up(Math.round(Math.log10(v))) : text(v)]);
 }
 """
 
@@ -563,9 +565,11 @@ CSS = r"""
 .aasp-error { margin-top: 8px; padding: 8px 12px; border: 1px solid #c2410c; border-left-width: 5px; border-radius: 5px;
   background: #fff4ed; color: #7c2d12; white-space: pre-wrap; }
 .aasp-note { color: #57606a; font-size: 12.5px; }
+.aasp-dash .widget-html-content { line-height: 1.45; }
 .aasp-dash table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; color: #24292f; }
-.aasp-dash th, .aasp-dash td { padding: 3px 9px; border-bottom: 1px solid #e1e4e8; text-align: right; background: none; }
+.aasp-dash th, .aasp-dash td { padding: 4px 9px; line-height: 1.3; border-bottom: 1px solid #e1e4e8; text-align: right; background: none; }
 .aasp-dash th:first-child, .aasp-dash td:first-child { text-align: left; }
+.aasp-dash td { white-space: nowrap; }
 .aasp-sound { display: inline-flex; gap: 8px; align-items: center; flex-wrap: wrap; }
 """
 
@@ -722,7 +726,9 @@ def control(
 # %% ../nbs/17_dashboards.ipynb #7f3e9e6d
 class Dashboard:
     "State, controls and drawing of one dashboard; subclasses give `fields`, `presets`, `compute`, `draw` and `layout`."
-    title, fields, presets, free = "", {}, {}, ()  # free: fields that a preset leaves alone
+    title, fields, presets = "", {}, {}
+    free = ()  # fields that do not decide which preset is shown
+    late = ()  # fields whose controls `draw` sets, because their choices depend on what was read
 
     def __init__(
         self,
@@ -736,7 +742,7 @@ class Dashboard:
         self.redraw, self.pool, self.setting = Latest(self.refresh), ThreadPoolExecutor(1), False
         self.build()
         for n, c in self.controls.items():
-            c.value = self.state[n]
+            if n not in self.late: c.value = self.state[n]
             c.observe(lambda change, n=n: self._changed(n, change["new"]), "value")
         self.widget = self.layout()
         self.widget.add_class("aasp-dash")
@@ -791,7 +797,7 @@ def update(self: Dashboard, **values):
     try:
         self.state = state
         for n, c in self.controls.items():
-            if c.value != state[n]: c.value = state[n]
+            if n not in self.late and c.value != state[n]: c.value = state[n]
     finally: self.setting = False
     self.refresh()
 

@@ -158,7 +158,7 @@ FIELDS = dict(
     path=Field("", "audio file", help="for clip = file"),
     checkpoint=Field("trained", "checkpoint", choices=("trained", "untrained", "non-adaptive", "file")),
     checkpoint_path=Field("", "checkpoint path", help="for checkpoint = file"),
-    band=Field(3, "frequency patch", 0, 7, 1, help="0: lowest 16 mel bands"), unit=Field(0, "unit", 0, 16, 1, help="0: all units"),
+    band=Field(4, "frequency patch", 0, 7, 1, help="0: lowest 16 mel bands"), unit=Field(0, "unit", 0, 16, 1, help="0: all units"),
     time_patch=Field(12, "time patch", 0, 37, 1, help="click a drawing to choose one"),
     whole=Field(True, "histograms over all frequency patches"))
 PRESETS = {"Modulated tone, trained": dict(), "Modulated tone, untrained": dict(checkpoint="untrained"),
@@ -236,8 +236,8 @@ def parameter_scenes(
     top = max(0.5, float(result["alpha"].max()) * 1.1)
     x = axis("time (s)", (0, end))
     decay = Scene(x, axis("decay \u03b1 (1/frame)", (0, top)), f"Decay, {band}", 170, group, "Decay per time patch and unit")
-    freq = Scene(x, axis("frequency \u03b2 (Hz of modulation)", (0, high * 1.03), ticks=[(v, f"{v:g}") for v in (3.125, 12.5, 25, 37.5, 50)]),
-                 f"Frequency, {band}", 170, group, "Frequency per time patch and unit")
+    freq = Scene(x, axis("rate \u03b2 (Hz)", (0, high * 1.03), ticks=[(v, f"{v:g}") for v in (3.125, 12.5, 25, 37.5, 50)]),
+                 f"Frequency (rate of modulation), {band}", 170, group, "Frequency per time patch and unit")
     for s, v, edge, colour in ((decay, a, least, PALETTE["red"]), (freq, b, low, PALETTE["blue"])):
         s.span(state["time_patch"] * step, (state["time_patch"] + 1) * step, "#888", 0.18)
         s.points(np.tile(t, len(v)), v.ravel(), colour, 2.6, 0.35 if state["unit"] else 0.7, "all units")
@@ -335,7 +335,8 @@ class PatchDashboard(Dashboard):
         self.plots = {n: Plot() for n in names}
         self.numbers, self.wave, self.hovered = W.HTML(), None, None
         self.clip_sound, self.patch_sound = Sound(label="clip"), Sound(label="patch")
-        self.upload = W.FileUpload(accept="audio/*,.wav,.flac,.ogg,.opus,.mp3", multiple=False, description="Upload a clip\u2026")
+        self.upload = W.FileUpload(accept="audio/*,.wav,.flac,.ogg,.opus,.mp3", multiple=False, description="Upload a clip\u2026",
+                                   layout=W.Layout(width="auto"))
         self.upload.observe(lambda change: self.take(change["new"]), "value")
         for n in names[:3]:
             p = self.plots[n]

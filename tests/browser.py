@@ -9,7 +9,7 @@
 test is never written to; every server gets its own configuration, data and browser profile and is ended by its own
 process id. `missing()` says why no browser can be had, or None.
 """
-import json, os, re, secrets, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.request
+import ctypes, json, os, re, secrets, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,6 +44,11 @@ def free_port():
         return s.getsockname()[1]
 
 
+def end_with_parent():
+    "Linux: a server whose test was killed gets SIGTERM and ends its kernels."
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 class Server:
     "One notebook server in a folder of its own."
     name, title = "server", ""
@@ -70,7 +75,7 @@ class Server:
                     **self.extra_env}
         self.log = open(self.home / "server.log", "w")
         self.process = subprocess.Popen(self.command(), cwd=self.root, env=self.env, stdout=self.log, stderr=self.log,
-                                        start_new_session=True)
+                                        start_new_session=True, preexec_fn=end_with_parent)
         self.wait()
         return self
 
@@ -147,7 +152,7 @@ class Page:
     def __init__(self, server, context, url):
         self.server, self.context, self.errors, self.external = server, context, [], []
         self.page = context.pages[0] if context.pages else context.new_page()
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(90_000)
         self.page.on("console", lambda m: self.complain(m.text, m.location) if m.type == "error" else None)
         self.page.on("pageerror", lambda e: self.complain(str(e), {}))
         home = re.compile(rf"^(https?|wss?)://127\.0\.0\.1:{server.port}/")
@@ -158,7 +163,7 @@ class Page:
         context.route(lambda u: not u.startswith(("data:", "blob:")), guard)
         self.page.on("websocket", lambda w: None if home.match(w.url) else self.external.append(w.url))
         self.started = time.time()
-        self.page.goto(url, wait_until="domcontentloaded")
+        self.page.goto(url, wait_until="domcontentloaded", timeout=180_000)
 
     def complain(self, text, location):
         where = location.get("url", "") if isinstance(location, dict) else ""

@@ -34,8 +34,8 @@ def open_page(page, server):
 
 
 def numbers(page):
-    "The table of numbers as text."
-    return page.page.locator(".aasp-numbers").first.inner_text()
+    "The tables of numbers as text."
+    return "\n".join(page.page.locator(".aasp-numbers").all_inner_texts())
 
 
 def readout(page, name):
@@ -125,7 +125,8 @@ def extra(name, page, tmp_path):
     broken = tmp_path / "broken.bin"
     broken.write_bytes(b"neither audio\nnor a table\n")
     if name in ("patch_parameters", "ablations"):
-        page.page.locator("input[type=file]").last.set_input_files(str(broken))
+        with page.page.expect_file_chooser() as chooser: page.page.locator("button.jupyter-widget-upload, button.widget-upload").first.click()
+        chooser.value.set_files(str(broken))
         words = "cannot be read as audio" if name == "patch_parameters" else "no column dataset"
         assert wait_for(page, lambda: words in error(page)), f"no error for a broken upload: {error(page)!r}"
     if name == "patch_parameters":
