@@ -8,8 +8,8 @@ __all__ = ['MODULATION_EDGES', 'BASELINES', 'PROBE_PRESETS', 'RULES', 'FEATURE_V
            'logmel_statistics', 'modulation_energies', 'modulation_statistics', 'extract_baseline',
            'encoder_fingerprint', 'data_fingerprint', 'cached', 'ProbeData', 'probe_data', 'ProbeConfig',
            'probe_preset', 'probe_deviations', 'probe_runs', 'linear_probe', 'bootstrap_interval', 'ProbeResult',
-           'probe_summary', 'probe_table', 'ProbeModel', 'open_model', 'input_statistics', 'model_features',
-           'run_probe', 'save_probe', 'Lines']
+           'paired_difference', 'probe_summary', 'probe_table', 'ProbeModel', 'open_model', 'input_statistics',
+           'model_features', 'run_probe', 'save_probe', 'Lines']
 
 # %% ../nbs/13_probing.ipynb #967cb4ee
 import hashlib
@@ -656,6 +656,28 @@ class ProbeResult:
         groups, out = np.asarray(groups), {}
         for t in self.runs: out.setdefault(t.run.fold, (t.run.test, []))[1].append(t.kept[rule][2])
         return [(np.stack(l), self.data.labels[test], groups[test]) for test, l in out.values()]
+
+# %% ../nbs/13_probing.ipynb #dd9e853a
+def paired_difference(
+    result: ProbeResult,  # of one model
+    other: ProbeResult,  # of another, on the same clips, folds and seeds
+    rule: str | None = None,  # a key of `RULES`; None: the protocol's headline
+    draws: int = 2000,  # bootstrap resamples
+    level: float = 0.95,  # coverage
+) -> tuple:  # (mean difference, low, high) in accuracy
+    "Accuracy of one model minus another's, clip by clip: bootstrap over groups, which both models share."
+    pairs = list(zip(*(r.pieces(rule or result.config.headline) for r in (result, other)), strict=True))
+    if any(not np.array_equal(a[1], b[1]) or a[1].ndim != 1 for a, b in pairs):
+        raise ProbeError("paired_difference needs two results on the same single-label test clips")
+    rng, values, means = np.random.default_rng(0), [], []
+    for (mine, labels, groups), (theirs, _, _) in pairs:
+        gain = (mine.argmax(-1) == labels).mean(0) - (theirs.argmax(-1) == labels).mean(0)
+        names, code = np.unique(np.asarray(groups).astype(str), return_inverse=True)
+        times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+        values.append((times @ np.bincount(code, gain)) / (times @ np.bincount(code)))
+        means.append(gain.mean())
+    low, high = np.quantile(np.mean(values, 0), [(1 - level) / 2, (1 + level) / 2])
+    return float(np.mean(means)), float(low), float(high)
 
 # %% ../nbs/13_probing.ipynb #ec8f6f77
 def probe_summary(
