@@ -8,11 +8,10 @@ __all__ = ['COLOURS', 'LINES', 'STYLE', 'WINDOW_LINES', 'BOX_COLOURS', 'publicat
            'draw_coverage', 'draw_folding', 'claim_sentence', 'draw_windows', 'draw_box', 'port', 'draw_arrow',
            'canvas', 'overview_numbers', 'overview_boxes', 'draw_overview', 'aape_shapes', 'architecture_boxes',
            'draw_architecture', 'clip_parameters', 'parameter_statistics', 'parameter_panel', 'draw_patch_parameters',
-           'draw_learned_frequencies', 'read_bench']
+           'draw_learned_frequencies']
 
 # %% ../nbs/16_figures.ipynb #1bcdbe9a
 import contextlib
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -510,13 +509,3 @@ def draw_learned_frequencies(
         ylim=(0, frame_rate / 2), title=title, aspect="equal")
     ax.legend(loc="upper left")
     return fig
-
-# %% ../nbs/16_figures.ipynb #7d5af5db
-def read_bench(path: str | Path) -> list: # rows as dictionaries, numbers as floats
-    "Rows of a benchmark table. Raises `FileNotFoundError` with the command that makes it."
-    if not Path(path).exists(): raise FileNotFoundError(f"{path} is missing: make it with `make bench`")
-    with open(path, newline="", encoding="utf-8") as f: rows = list(csv.DictReader(f))
-    def number(v):
-        try: return float(v)
-        except (TypeError, ValueError): return v
-    return [{k: number(v) for k, v in row.items()} for row in rows]
