@@ -55,7 +55,7 @@ readme: $(VENV)/.ready  ## README.md from nbs/index.ipynb
 	@$(BIN)/python tests/build_readme.py
 
 docs: $(VENV)/.ready    ## the documentation site, into _docs
-	@$(BIN)/nbdev_proc_nbs && $(BIN)/mkdocs build -q
+	@$(BIN)/mkdocs build -q
 
 hooks: $(VENV)/.ready   ## nbdev's merge driver and clean hook for this clone
 	@$(BIN)/nbdev_install_hooks
