@@ -584,9 +584,10 @@ def _from(
     rest.start += done
     return rest
 
-def _lost_worker(e: RuntimeError) -> bool:
+def _lost_worker(e: Exception) -> bool:
     "Was a loader worker killed? An error in its code is another matter."
-    return re.search(r"DataLoader worker \(pid", str(e)) is not None
+    broken_pipe = isinstance(e, (ConnectionError, EOFError)) and "Caught " not in str(e)
+    return broken_pipe or re.search(r"DataLoader worker \(pid", str(e)) is not None
 
 # %% ../nbs/09_data.ipynb #49707539
 class Loader:
@@ -613,7 +614,7 @@ class Loader:
         done, left, it = 0, self.restarts, self._start(0)
         while True:
             try: batch = next(it, StopIteration)
-            except RuntimeError as e:
+            except (RuntimeError, OSError, EOFError) as e:  # a killed worker breaks its pipe, at times before it is missed
                 if not _lost_worker(e) or not left: raise
                 for w in getattr(it, "_workers", ()): w.kill()
                 warnings.warn(f"a loader worker was killed, maybe for memory (lower workers): started new ones ({e})", stacklevel=2)

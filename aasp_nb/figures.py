@@ -455,7 +455,7 @@ def parameter_statistics(
 def parameter_panel(ax, side, values, bounds, label, colour):
     "All values of each time patch as points with their median, and their distribution beside it."
     N_t = values.shape[-1]
-    flat = values.permute(2, 0, 1).reshape(N_t, -1).numpy()
+    flat = values.permute(2, 0, 1).reshape(N_t, -1).numpy().round(4)  # rounded: the same file whatever the threads summed first
     jitter = np.linspace(-0.35, 0.35, flat.shape[1])
     ax.plot((np.arange(N_t)[:, None] + 0.5 + jitter).ravel(), flat.ravel(), ".", ms=1.2, color=colour, alpha=0.5, rasterized=True)
     ax.step(np.arange(N_t + 1), np.append(np.median(flat, 1), np.median(flat[-1])), where="post", color="k", lw=1.1, label="median")
@@ -479,7 +479,7 @@ def draw_patch_parameters(
     axes[0, 1].axis("off"); axes[0, 0].grid(False)
     fig.colorbar(image, cax=axes[0, 1].inset_axes((0, 0, 0.15, 1)), label="log energy (nats)")
     axes[0, 0].set(ylabel="mel band", title=title)
-    top = float(torch.quantile(alpha.flatten(), 0.999)) * 1.25
+    top = round(float(torch.quantile(alpha.flatten(), 0.999)) * 1.25, 3)
     parameter_panel(axes[1, 0], axes[1, 1], alpha, (0, top), "decay (rad / frame)", COLOURS["red"])
     lo, hi = (b * frame_rate / (2 * math.pi) for b in beta_bounds(T // alpha.shape[2]))
     parameter_panel(axes[2, 0], axes[2, 1], beta * frame_rate / (2 * math.pi), (lo, hi), "frequency (Hz)", COLOURS["blue"])

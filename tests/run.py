@@ -54,7 +54,7 @@ def notebooks() -> tuple[int, int, int]:
 
 def pytests(full: bool) -> tuple[int, int, int]:
     "pytest over tests/; the counts are read from its last line."
-    code, text = run(sys.executable, "-m", "pytest", "-q", "-rs", "--durations=12", "-n", "2", "--dist", "loadfile", "tests",
+    code, text = run(sys.executable, "-m", "pytest", "-q", "-rfEs", "--durations=12", "-n", "2", "--dist", "loadfile", "tests",
                      *(["--full"] if full else []))
     last = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|skipped|error)", line)][-1:]
     count = lambda word: sum(int(n) for n in re.findall(rf"(\d+) {word}", "".join(last)))
