@@ -77,32 +77,36 @@ def squared_error(
 # %% ../nbs/07_objectives.ipynb #43aaaeac
 def masked_prediction_loss(
     prediction:torch.Tensor,         # predictor's output [B, M, Q, D]
-    targets:torch.Tensor,            # targets of all patches [B, N, D]
-    queries:torch.Tensor,            # int64 [B, M, Q], the predicted patches
-    padding:torch.Tensor|None=None,  # bool [B, N], True where a patch is padding
+    target:torch.Tensor,             # targets of all patches [B, N, D]; without queries, of the prediction's shape
+    queries:torch.Tensor|None=None,  # int64 [B, M, Q], the predicted patches; None: target is in their order already
+    padding:torch.Tensor|None=None,  # bool [B, N], True where a patch is padding; needs queries
     loss_scale:str="sqrt_dim",       # see `squared_error`
     view_valid:torch.Tensor|None=None, # bool [B, M], False where a view sees padding only
 ) -> torch.Tensor: # 0-d float32
     "L2 loss on the predicted masked tokens, mean over tokens (section III-D)."
-    b, m, q, d = prediction.shape
-    wanted = targets.gather(1, queries.flatten(1).unsqueeze(-1).expand(-1, -1, targets.shape[-1])).view(b, m, q, -1)
-    error = squared_error(prediction, wanted, loss_scale)
+    if queries is None and padding is not None: raise ValueError("padding is given per patch: give queries too")
+    if queries is not None:
+        target = target.gather(1, queries.flatten(1).unsqueeze(-1).expand(-1, -1, target.shape[-1])).view(prediction.shape)
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ: give queries")
+    error = squared_error(prediction, target, loss_scale)
     weight = torch.ones_like(error)
-    if padding is not None: weight = (~padding).gather(1, queries.flatten(1)).view(b, m, q).to(error.dtype)
+    if padding is not None: weight = (~padding).gather(1, queries.flatten(1)).view(error.shape).to(error.dtype)
     if view_valid is not None: weight = weight*view_valid.unsqueeze(-1)
     return (error*weight).sum()/weight.sum().clamp(min=1)
 
 # %% ../nbs/07_objectives.ipynb #0765506f
 def utterance_loss(
-    cls:torch.Tensor,                # student's CLS tokens [B, M, D]
-    targets:torch.Tensor,            # teacher's pooled tokens [B, N, D]
+    cls:torch.Tensor,                # student's CLS tokens [B, M, D], or [B, D] of one view
+    target:torch.Tensor,             # teacher's pooled tokens [B, N, D], or their mean [B, D]
     padding:torch.Tensor|None=None,  # bool [B, N], True where a patch is padding
     loss_scale:str="sqrt_dim",       # see `squared_error`
 ) -> torch.Tensor: # 0-d float32
     "L2 between CLS and the mean of the teacher's pooled tokens, mean over views (section III-D)."
-    keep = torch.ones_like(targets[..., :1]) if padding is None else (~padding).unsqueeze(-1).to(targets.dtype)
-    pooled = (targets*keep).sum(1)/keep.sum(1).clamp(min=1)
-    return squared_error(cls, pooled.unsqueeze(1), loss_scale).mean()
+    if target.ndim == 3:
+        keep = torch.ones_like(target[..., :1]) if padding is None else (~padding).unsqueeze(-1).to(target.dtype)
+        target = (target*keep).sum(1)/keep.sum(1).clamp(min=1)
+    return squared_error(cls, target if cls.ndim == 2 else target.unsqueeze(1), loss_scale).mean()
 
 # %% ../nbs/07_objectives.ipynb #83fc196c
 def visible_mean(
