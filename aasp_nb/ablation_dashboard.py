@@ -27,14 +27,19 @@ EXAMPLE_RESULTS = Path(aasp_nb.__file__).parent / "assets" / "example_results.cs
 FIELDS = dict(
     results=Field("example", "results file", help="path of a CSV file, or 'example' for the one in the package"),
     table=Field("V", "table", choices=tuple(PAPER_TABLES)),
-    view=Field("difference", "show", choices=("difference", "score"), help="difference to the default setting, or the score itself"),
-    paper=Field("as20k", "paper's column", choices=(*PAPER_TASKS, "none"), help="fine-tuning after pre-training on AudioSet"),
-    dataset=Field("", "data set", help="empty: the first in the file"), task=Field("", "task"), protocol=Field("", "protocol"),
-    scale=Field("", "scale"), rule=Field("", "chosen step", help="how the reported step was chosen"), metric=Field("", "metric"),
+    view=Field("difference", "show", choices=("difference", "score"),
+               help="difference to the default setting, or the score itself"),
+    paper=Field("as20k", "paper's column", choices=(*PAPER_TASKS, "none"),
+                help="fine-tuning after pre-training on AudioSet"),
+    dataset=Field("", "data set", help="empty: the first in the file"), task=Field("", "task"),
+    protocol=Field("", "protocol"),
+    scale=Field("", "scale"), rule=Field("", "chosen step", help="how the reported step was chosen"),
+    metric=Field("", "metric"),
     row=Field(3, "row", 0, 5, 1, help="the setting whose details are shown; click a bar to choose it"))
 
 # %% ../nbs/17c_ablation_dashboard.ipynb #890cc151
-PRESETS = {f"Table {t}: {v['title']}" if t != "ours" else "Ours: open readings": dict(table=t, row=0) for t, v in PAPER_TABLES.items()}
+PRESETS = {f"Table {t}: {v['title']}" if t != "ours" else "Ours: open readings": dict(table=t, row=0) for t,
+           v in PAPER_TABLES.items()}
 
 # %% ../nbs/17c_ablation_dashboard.ipynb #5fc068d7
 def seed_means(
@@ -69,7 +74,7 @@ def compute_ablations(
         rows = load_results(path)
     options, filters, pool = {}, {}, rows
     for k in FILTERS:  # each menu offers what is left by the ones before it
-        options[k] = sorted(choices_of(pool)[k], key=lambda v: (v.startswith("best"), v))  # what looked at the test score: last
+        options[k] = sorted(choices_of(pool)[k], key=lambda v: (v.startswith("best"), v))  # best: last
         filters[k] = state[k] if state[k] in options[k] else options[k][0] if options[k] else ""
         pool = chosen(pool, **{k: filters[k]})
     lines = compare(state["table"], rows, **filters)
@@ -78,7 +83,8 @@ def compute_ablations(
     if state["view"] == "difference":
         score = np.array([difference(l["ours"], default["ours"]) for l in lines])
         paper = paper - default["paper"].get(state["paper"], math.nan)
-    else: score = np.array([[100 * l["ours"][k] for k in ("mean", "low", "high")] if l["ours"] else [math.nan] * 3 for l in lines])
+    else: score = np.array([[100 * l["ours"][k] for k in ("mean", "low", "high")] if l["ours"] else [math.nan] * 3
+                            for l in lines])
     return dict(state=state, lines=lines, filters=filters, options=options, score=score, paper=paper,
                 row=min(state["row"], len(lines) - 1))
 
@@ -101,7 +107,8 @@ def ablation_scene(
               aria="Bars: ours with 95 % intervals; diamonds: the paper")
     s.span(result["row"] - 0.45, result["row"] + 0.45, "#888", 0.12)
     ok = np.isfinite(score[:, 0])
-    s.bars(x[ok], score[ok, 0], 0.55, PALETTE["sky"], score[ok, 1], score[ok, 2], name="ours (95 % interval)", pick="ours")
+    s.bars(x[ok], score[ok, 0], 0.55, PALETTE["sky"], score[ok, 1], score[ok, 2], name="ours (95 % interval)",
+           pick="ours")
     for i in x[~ok]: s.text(i, 0, "not run", color="#777")
     if np.isfinite(paper).any():
         name = PAPER_TASKS[state["paper"]][0]
@@ -138,7 +145,8 @@ def details(
     rows = line["ours"]["rows"]
     out += "<table class='aasp-numbers'><tr><th>seed</th><th>fold</th><th>value %</th><th>clips</th><th>checkpoint</th><th>revision</th><th>date</th></tr>"
     for r in rows[:12]:
-        cells = (r["seed"], r["fold"] or "-", f"{100 * r['value']:.1f}", r["n"], r["checkpoint"][:10] or "-", r["revision"][:10] or "-", r["date"][:10])
+        cells = (r["seed"], r["fold"] or "-", f"{100 * r['value']:.1f}", r["n"], r["checkpoint"][:10] or "-",
+                 r["revision"][:10] or "-", r["date"][:10])
         out += "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>"
     out += "</table>" + (f"<span class='aasp-note'>and {len(rows) - 12} more rows</span>" if len(rows) > 12 else "")
     command = rows[0]["command"] or "no command line was recorded"
@@ -153,7 +161,8 @@ class AblationDashboard(Dashboard):
     def build(self):
         self.rows, self.filling = None, False  # rows: results uploaded by the reader
         for k in FILTERS:
-            self.controls[k] = W.Dropdown(description=FIELDS[k].label, options=[""], style=dict(description_width="158px"),
+            self.controls[k] = W.Dropdown(description=FIELDS[k].label, options=[""],
+                                          style=dict(description_width="158px"),
                                           layout=W.Layout(width="365px"))
             self.controls[k].add_class(f"aasp-field-{k}")
         self.plot, self.table, self.detail, self.about = Plot(), W.HTML(), W.HTML(), W.HTML()
@@ -197,14 +206,16 @@ def take(self: AblationDashboard, files):
 @patch
 def clicked(self: AblationDashboard, click):
     "A click on a bar or a diamond, or beside it, chooses its row."
-    if click.get("x") is not None and self.result: self.controls["row"].value = int(np.clip(round(click["x"]), 0, self.controls["row"].max))
+    if click.get("x") is not None and self.result: self.controls["row"].value = int(np.clip(round(click["x"]), 0,
+        self.controls["row"].max))
 
 # %% ../nbs/17c_ablation_dashboard.ipynb #c3e4d8a0
 @patch
 def layout(self: AblationDashboard):
     "Controls on the left, drawing and table on the right."
     c = self.controls
-    left = W.VBox([W.HTML("<b>What is compared</b>"), c["table"], c["view"], c["paper"], c["row"], W.HTML("<b>Results</b>"), c["results"],
+    left = W.VBox([W.HTML("<b>What is compared</b>"), c["table"], c["view"], c["paper"], c["row"],
+                   W.HTML("<b>Results</b>"), c["results"],
                    self.upload, *(c[k] for k in FILTERS)], layout=W.Layout(width="380px", flex="0 0 auto"))
     right = W.VBox([self.plot, self.about, self.table, self.detail], layout=W.Layout(flex="1 1 600px", min_width="0"))
     return W.VBox([self.toolbar, W.HBox([left, right], layout=W.Layout(align_items="flex-start"))])

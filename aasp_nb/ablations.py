@@ -51,7 +51,8 @@ def label_of(
     setting,  # dict: the fields that differ
 ):  # -> str
     "A short name for a setting."
-    words = dict(patch_embed=lambda v: "standard" if v == "standard" else "AaPE", contrastive_weight=lambda v: f"w {v:g}",
+    words = dict(patch_embed=lambda v: "standard" if v == "standard" else "AaPE",
+                 contrastive_weight=lambda v: f"w {v:g}",
                  adaptive=lambda v: "adaptive" if v else "non-adaptive", kernel_size=lambda v: f"K {v}",
                  predictor=lambda v: "CNN" if v == "cnn" else "cross-attention", phase=lambda v: f"{v} phase",
                  norm_scope=lambda v: f"norm per {v}", mask_input=lambda v: "masked input" if v else "unmasked input")
@@ -87,7 +88,8 @@ def _row_of(raw, where):
         raise ResultsError(f"{where}: value must lie in 0 to 1 (not percent), got {row['value']}")
     try: settings = json.loads(row["settings"] or "{}")
     except ValueError: raise ResultsError(f"{where}: settings is not JSON: {row['settings'][:60]!r}") from None
-    if not isinstance(settings, dict): raise ResultsError(f"{where}: settings must be a JSON object, got {row['settings'][:60]!r}")
+    if not isinstance(settings, dict):
+        raise ResultsError(f"{where}: settings must be a JSON object, got {row['settings'][:60]!r}")
     return {**row, "settings": settings, **{k: settings.get(k) for k in SETTING}}
 
 # %% ../nbs/15_ablations.ipynb #b4594d70
@@ -96,13 +98,16 @@ def load_results(
 ):  # -> list of dicts: the columns, typed, and the fields of `SETTING`
     "Tidy results, checked row by row."
     is_text = isinstance(source, str) and "\n" in source
-    name, text = ("results", source) if is_text else (str(source), Path(source).read_text(encoding="utf-8", errors="replace"))
+    name, text = ("results", source) if is_text else (str(source), Path(source).read_text(encoding="utf-8",
+        errors="replace"))
     reader = csv.DictReader(text.splitlines())
     lacking = [c for c in NEEDED if c not in (reader.fieldnames or [])]
-    if lacking: raise ResultsError(f"{name} has no column {', '.join(lacking)}; a results file needs {', '.join(NEEDED)}")
+    if lacking:
+        raise ResultsError(f"{name} has no column {', '.join(lacking)}; a results file needs {', '.join(NEEDED)}")
     rows = []
     for i, raw in enumerate(reader, 2):
-        if None in raw or None in raw.values(): raise ResultsError(f"{name}, row {i}: {len(reader.fieldnames)} cells expected")
+        if None in raw or None in raw.values():
+            raise ResultsError(f"{name}, row {i}: {len(reader.fieldnames)} cells expected")
         rows.append(_row_of(raw, f"{name}, row {i}"))
     return rows
 
@@ -143,7 +148,8 @@ def summarise(
     means = [np.mean([r["value"] for r in rs]) for rs in seeds.values()]
     clips = sum(r["n"] for r in next(iter(seeds.values())))
     low, high, kind = interval(means, clips)
-    return dict(mean=float(np.mean(means)), std=float(np.std(means, ddof=1)) if len(means) > 1 else None, low=low, high=high,
+    return dict(mean=float(np.mean(means)), std=float(np.std(means, ddof=1)) if len(means) > 1 else None, low=low,
+                high=high,
                 kind=kind, seeds=len(means), folds=max(len(rs) for rs in seeds.values()), clips=clips, rows=rows)
 
 # %% ../nbs/15_ablations.ipynb #263ccf4d
@@ -172,7 +178,8 @@ def compare(
     if table not in PAPER_TABLES: raise ResultsError(f"unknown table {table!r}; known are {', '.join(PAPER_TABLES)}")
     pool = chosen(rows, **filters)
     for column in FILTERS:
-        if len({r[column] for r in pool}) > 1: raise ResultsError(f"several values of {column} would be mixed; choose one")
+        if len({r[column] for r in pool}) > 1:
+            raise ResultsError(f"several values of {column} would be mixed; choose one")
     return [dict(label=label_of(r["setting"]), setting=r["setting"], note=r["note"], paper=r["paper"],
                  default={**SETTING, **r["setting"]} == SETTING,
                  ours=summarise([x for x in pool if matches(x, r["setting"])])) for r in PAPER_TABLES[table]["rows"]]
@@ -186,7 +193,8 @@ def comparison_table(
     "The table in markdown, headed by the scale at which ours was run."
     lines = compare(table, rows, **filters)
     head = [f"**Table {table}: {PAPER_TABLES[table]['title']}.** Ours: {', '.join(v for v in filters.values() if v) or 'all rows'}.", "",
-            "| setting | size | " + " | ".join(f"paper {n}" for n, _ in PAPER_TASKS.values()) + " | ours % | spread | seeds |",
+            "| setting | size | " + " | ".join(f"paper {n}" for n,
+                                               _ in PAPER_TASKS.values()) + " | ours % | spread | seeds |",
             "|---|---|" + "---|" * (len(PAPER_TASKS) + 3)]
     for l in lines:
         o, paper = l["ours"], " | ".join(f"{l['paper'][t]:.1f}" if t in l["paper"] else "" for t in PAPER_TASKS)

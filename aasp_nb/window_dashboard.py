@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from .dashboards import PALETTE, Dashboard, Field, Plot, Scene, StateError, axis
-from .windows import frequency_gradient, make_window, rad_to_hz
+from .windows import make_window, rad_to_hz
 
 # %% ../nbs/17a_window_dashboard.ipynb #34a95042
 FAMILIES = dict(one_sided=("one-sided", PALETTE["red"], (7, 3)),
@@ -36,15 +36,25 @@ def taps(
     window = make_window(family.replace("_", "-"), width, kernel_size, normalization).numpy()
     return window, np.arange(kernel_size) - (0 if family == "one_sided" else kernel_size // 2)
 
+# %% ../nbs/17a_window_dashboard.ipynb #de3249f1
+@lru_cache(maxsize=32)
+def _table_of(points, kernel_size, kind):
+    "Cosine and sine of every lag at `points` frequencies from 0 to pi, each [points, K], computed once."
+    m = np.arange(kernel_size) - (0 if kind == "one_sided" else kernel_size // 2)
+    angle = np.multiply.outer(np.linspace(0, np.pi, points), m if kind != "even" else np.abs(m))
+    return np.cos(angle), np.sin(angle), m.astype(float)
+
 # %% ../nbs/17a_window_dashboard.ipynb #62e3fdcb
 @lru_cache(maxsize=512)
 def matched_width(family, kernel_size, normalization):
     "The width at which the peak gradient magnitude is 1: the caption of Figure 2. For the Gaussian it is 1 / sigma."
-    low, high, omega = 1e-4, 100.0, torch.linspace(0, np.pi, 241, dtype=torch.float64)
-    for _ in range(4):
-        rates = torch.logspace(np.log10(low), np.log10(high), 49, dtype=torch.float64)
-        windows = make_window(family.replace("_", "-"), rates, kernel_size, normalization)
-        over = (frequency_gradient(windows, omega).abs().amax(-1) > 1).numpy()
+    cos, sin, m = _table_of(161, kernel_size, "one_sided" if family == "one_sided" else "signed")
+    low, high = 0.01, 10.0
+    for _ in range(3):
+        rates = np.geomspace(low, high, 25)
+        w = make_window(family.replace("_", "-"), torch.from_numpy(rates), kernel_size, normalization).numpy()
+        c, s, dc, ds = w @ cos.T, w @ sin.T, -(m * w) @ sin.T, (m * w) @ cos.T
+        over = (np.abs(c * dc + s * ds) / np.maximum(np.hypot(c, s), 1e-30)).max(-1) > 1
         if over.all() or not over.any():
             raise StateError(f"no {FAMILIES[family][0]} of {kernel_size} frames has a peak gradient of 1 with unit {normalization}; "
                              "raise the kernel size or set the widths by hand")
@@ -68,14 +78,6 @@ def magnitude_and_slope(
     size = np.abs(y)
     return size, (np.conj(y) * slope).real / np.maximum(size, 1e-30)
 
-# %% ../nbs/17a_window_dashboard.ipynb #de3249f1
-@lru_cache(maxsize=32)
-def _table_of(points, kernel_size, kind):
-    "Cosine and sine of every lag at `points` frequencies from 0 to pi, each [points, K], computed once."
-    m = np.arange(kernel_size) - (0 if kind == "one_sided" else kernel_size // 2)
-    angle = np.multiply.outer(np.linspace(0, np.pi, points), m if kind != "even" else np.abs(m))
-    return np.cos(angle), np.sin(angle), m.astype(float)
-
 # %% ../nbs/17a_window_dashboard.ipynb #0e70afc2
 def offset_curves(
     family, kernel_size, width, normalization,  # as in `taps`
@@ -87,7 +89,8 @@ def offset_curves(
     c, s, dc, ds = cos @ w, sin @ w, -(sin @ (m * w)), cos @ (m * w)
     size = np.hypot(c, s)
     slope = np.abs(c * dc + s * ds) / np.maximum(size, 1e-30)
-    return dict(offset=np.linspace(0, np.pi, points), level=20 * np.log10(np.maximum(size / size[0], 1e-8)), gradient=slope, magnitude=size)
+    return dict(offset=np.linspace(0, np.pi, points), level=20 * np.log10(np.maximum(size / size[0], 1e-8)),
+                gradient=slope, magnitude=size)
 
 # %% ../nbs/17a_window_dashboard.ipynb #72f2fd7a
 def wave_of(
@@ -169,7 +172,8 @@ def add_noise(
 ):  # -> array
     "White noise at a signal-to-noise ratio, real or complex as the signal."
     noise = rng.normal(size=wave.shape) * np.sqrt(0.5) * 10 ** (-snr / 20)
-    return wave + noise + (1j * rng.normal(size=wave.shape) * np.sqrt(0.5) * 10 ** (-snr / 20) if np.iscomplexobj(wave) else 0)
+    return wave + noise + (1j * rng.normal(size=wave.shape) * np.sqrt(0.5) * 10 ** (-snr / 20)
+                           if np.iscomplexobj(wave) else 0)
 
 # %% ../nbs/17a_window_dashboard.ipynb #e9b0e752
 def trials(
@@ -207,7 +211,8 @@ def success_rates(
         x = t["wave"][..., np.searchsorted(t["lags"], lags)]
         x = x.astype(np.complex64 if np.iscomplexobj(x) else np.float32)
         end = chase(x, w.astype(np.float32), lags, state["phase"], t["start"], state["lr"], state["steps"],
-                    state["objective"], state["optimizer"], slope_scale(family, state["kernel_size"], width_of(state, family),
+                    state["objective"], state["optimizer"], slope_scale(family, state["kernel_size"],
+                                                                        width_of(state, family),
                     state["normalization"], state["objective"]))[-1]
         wins = (np.abs(end - t["tone"]) <= 0.1).sum(1)
         rates[family] = (wins / count, *wilson(wins, count))
@@ -222,14 +227,17 @@ FIELDS = dict(
     matching=Field("unit gradient", "widths", choices=("unit gradient", "by hand"),
                    help="unit gradient: each width solved so that the peak gradient is 1, as in Figure 2's caption"),
     kernel_size=Field(63, "kernel size K", 7, 255, 2, unit="frames"),
-    alpha=Field(0.25, "decay \u03b1", 0.02, 3.0, 0.01, unit="1/frame", help="both exponentials; used with widths by hand"),
+    alpha=Field(0.25, "decay \u03b1", 0.02, 3.0, 0.01, unit="1/frame",
+                help="both exponentials; used with widths by hand"),
     inv_sigma=Field(0.25, "Gaussian 1/\u03c3", 0.02, 3.0, 0.01, unit="1/frame", help="used with widths by hand"),
     phase=Field("signed", "phase form", choices=("even", "signed"),
                 help="even: e^(-j beta |m|), the paper's equation 2; signed: e^(-j beta m), what Figure 2's argument describes"),
-    signal=Field("complex", "tone is", choices=("complex", "real"), help="complex: as in Figure 2; real: as a modulation is"),
+    signal=Field("complex", "tone is", choices=("complex", "real"),
+                 help="complex: as in Figure 2; real: as a modulation is"),
     tone=Field(0.8, "tone", 0.2, 3.1, 0.01, unit="rad/frame"),
     tone_phase=Field(0.0, "tone phase", 0.0, 6.28, 0.02, unit="rad"),
-    offset=Field(1.2, "start offset", -2.8, 2.8, 0.01, unit="rad/frame", help="first kernel frequency minus the tone's"),
+    offset=Field(1.2, "start offset", -2.8, 2.8, 0.01, unit="rad/frame",
+                 help="first kernel frequency minus the tone's"),
     gradient_scale=Field("linear", "gradient axis", choices=("linear", "log")),
     objective=Field("magnitude", "objective", choices=("magnitude", "log magnitude")),
     optimizer=Field("gradient", "optimizer", choices=("gradient", "adam")),
@@ -241,9 +249,12 @@ PRESETS = {
     "Figure 2, unit peak": dict(normalization="peak"),
     "Figure 2, unit gain": dict(normalization="gain", gradient_scale="log"),
     "SBLU at the start (decay 0.25)": dict(matching="by hand", signal="real", tone=1.6, offset=0.6),
-    "Phase problem: even": dict(matching="by hand", alpha=0.15, signal="real", tone=0.8, offset=0.2, phase="even", gaussian=False, one_sided=False),
-    "Phase solved: signed": dict(matching="by hand", alpha=0.15, signal="real", tone=0.8, offset=0.2, phase="signed", gaussian=False, one_sided=False),
-    "Chase with Adam": dict(normalization="gain", optimizer="adam", phase="signed", tone=0.6, offset=2.0, gradient_scale="log"),
+    "Phase problem: even": dict(matching="by hand", alpha=0.15, signal="real", tone=0.8, offset=0.2, phase="even",
+                                gaussian=False, one_sided=False),
+    "Phase solved: signed": dict(matching="by hand", alpha=0.15, signal="real", tone=0.8, offset=0.2, phase="signed",
+                                 gaussian=False, one_sided=False),
+    "Chase with Adam": dict(normalization="gain", optimizer="adam", phase="signed", tone=0.6, offset=2.0,
+                            gradient_scale="log"),
 }
 
 # %% ../nbs/17a_window_dashboard.ipynb #41174ac2
@@ -268,14 +279,18 @@ def compute_windows(
     rng = np.random.default_rng(state["seed"])
     m = np.arange(-(K - 1), K)
     wave = add_noise(wave_of(tone * m + state["tone_phase"], state["signal"]), state["snr"], rng)
-    widths, (windows, lags) = [width_of(state, f) for f in families], zip(*(taps(f, K, width_of(state, f), norm) for f in families))
+    widths, (windows, lags) = [width_of(state, f) for f in families], zip(*(taps(f, K, width_of(state, f), norm)
+                                                                            for f in families))
     windows, lags, obj = np.stack(windows), np.stack(lags), state["objective"]
     scale = np.array([slope_scale(f, K, w, norm, obj) for f, w in zip(families, widths)])
-    paths = chase(wave[lags + K - 1], windows, lags, state["phase"], np.full(len(families), start), state["lr"], state["steps"],
+    paths = chase(wave[lags + K - 1], windows, lags, state["phase"], np.full(len(families), start), state["lr"],
+                  state["steps"],
                   obj, state["optimizer"], scale)  # all windows race at once
-    response = [tone_response(f, K, w, norm, tone, state["tone_phase"], state["phase"], state["signal"]) for f, w in zip(families, widths)]
+    response = [tone_response(f, K, w, norm, tone, state["tone_phase"], state["phase"], state["signal"]) for f,
+                w in zip(families, widths)]
     return dict(state=state, start=start, families={
-        f: dict(width=w, **offset_curves(f, K, w, norm), path=path, **r) for f, w, path, r in zip(families, widths, paths.T, response)})
+        f: dict(width=w, **offset_curves(f, K, w, norm), path=path, **r) for f, w, path,
+        r in zip(families, widths, paths.T, response)})
 
 # %% ../nbs/17a_window_dashboard.ipynb #433d098e
 def verdict(
@@ -302,9 +317,11 @@ def offset_scenes(
     group="",  # cursor group
 ):  # -> (Scene, Scene): spectrum and gradient over the offset
     "Figure 2: spectrum in dB and gradient magnitude."
-    state, x = result["state"], axis("offset from the tone (rad/frame)", (0, np.pi), second=("modulation (Hz at 10 ms hop)", RAD_TO_HZ))
+    state, x = result["state"], axis("offset from the tone (rad/frame)", (0, np.pi),
+                                     second=("modulation (Hz at 10 ms hop)", RAD_TO_HZ))
     floor = max(-120, 20 * np.floor(min(r["level"].min() for r in result["families"].values()) / 20))
-    spectrum = Scene(x, axis("level (dB)", (floor, 3)), "Local spectrum", group=group, aria="Window spectra over the offset")
+    spectrum = Scene(x, axis("level (dB)", (floor, 3)), "Local spectrum", group=group,
+                     aria="Window spectra over the offset")
     top = max(r["gradient"].max() for r in result["families"].values())
     log = state["gradient_scale"] == "log"
     y = axis("|d|W|/d\u03c9| (frames)", (top * 1e-6, top * 1.6) if log else (0, top * 1.08), "log" if log else "linear")
@@ -323,8 +340,10 @@ def response_scene(
     "Magnitude over the kernel's frequency for the tone, with its range over the tone's phase."
     state = result["state"]
     top = max(max(r["high"].max(), r["response"].max()) for r in result["families"].values())
-    s = Scene(axis("kernel frequency \u03b2 (rad/frame)", (0, np.pi), second=("modulation (Hz at 10 ms hop)", RAD_TO_HZ)),
-              axis("magnitude", (0, top * 1.08)), f"Response to a {state['signal']} tone, {state['phase']} phase", group=group,
+    s = Scene(axis("kernel frequency \u03b2 (rad/frame)", (0, np.pi), second=("modulation (Hz at 10 ms hop)",
+                                                                              RAD_TO_HZ)),
+              axis("magnitude", (0, top * 1.08)), f"Response to a {state['signal']} tone, {state['phase']} phase",
+              group=group,
               aria="Response over the kernel frequency; shaded: range over the tone's phase")
     for f, r in result["families"].items():
         s.band(r["beta"], r["low"], r["high"], FAMILIES[f][1], 0.15)
@@ -339,7 +358,8 @@ def race_scene(
     state = result["state"]
     step = np.arange(state["steps"] + 1)
     s = Scene(axis("step", (0, state["steps"])), axis("\u03b2 (rad/frame)", (0, np.pi)),
-              f"Chase the tone: {state['optimizer']} on {state['objective']}", aria="Path of the frequency over the steps")
+              f"Chase the tone: {state['optimizer']} on {state['objective']}",
+              aria="Path of the frequency over the steps")
     s.layer("mark", at=float(state["tone"]), way="h", color="#111", dash=[], width=1.2, name="tone")
     for f, r in result["families"].items(): s.line(step, r["path"], **_style(f))
     return s
@@ -416,8 +436,10 @@ def layout(self: WindowDashboard):
     c = self.controls
     heading = lambda text: W.HTML(f"<b>{text}</b>")
     left = W.VBox([heading("Windows"), c["one_sided"], c["two_sided"], c["gaussian"], c["normalization"], c["matching"],
-                   c["kernel_size"], c["alpha"], c["inv_sigma"], c["gradient_scale"], heading("Tone and kernel"), c["phase"],
-                   c["signal"], c["tone"], c["tone_phase"], c["offset"], heading("Chase"), c["objective"], c["optimizer"], c["lr"],
+                   c["kernel_size"], c["alpha"], c["inv_sigma"], c["gradient_scale"], heading("Tone and kernel"),
+                   c["phase"],
+                   c["signal"], c["tone"], c["tone_phase"], c["offset"], heading("Chase"), c["objective"],
+                   c["optimizer"], c["lr"],
                    c["steps"], c["snr"], c["seed"], self.button], layout=W.Layout(width="380px", flex="0 0 auto"))
     p, half = self.plots, W.Layout(width="50%", min_width="330px", flex="1 1 330px")
     cell = lambda *names: W.HBox([W.VBox([p[n]], layout=half) for n in names], layout=W.Layout(flex_flow="row wrap"))

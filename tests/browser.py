@@ -5,7 +5,8 @@
         page.press(".noUi-handle", "ArrowRight")
         assert page.errors == [] and page.external == []
 
-`Voila(notebook)` has the same interface without `run_all`. The notebook is copied into a fresh folder, so the tree under
+`Voila(notebook)` has the same interface without `run_all`. The notebook is copied into a fresh folder,
+  so the tree under
 test is never written to; every server gets its own configuration, data and browser profile and is ended by its own
 process id. `missing()` says why no browser can be had, or None.
 """
@@ -70,7 +71,8 @@ class Server:
         (settings / "page_config.json").write_text(json.dumps({"disabledExtensions": off}))
         self.port, self.token = free_port(), secrets.token_hex(16)
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "IPYTHON"))}
-        self.env = {**keep, "JUPYTER_CONFIG_DIR": str(self.home / "config"), "JUPYTER_DATA_DIR": str(self.home / "data"),
+        self.env = {**keep, "JUPYTER_CONFIG_DIR": str(self.home / "config"),
+                    "JUPYTER_DATA_DIR": str(self.home / "data"),
                     "JUPYTER_RUNTIME_DIR": str(self.home / "runtime"), "IPYTHONDIR": str(self.home / "ipython"),
                     **self.extra_env}
         self.log = open(self.home / "server.log", "w")

@@ -1,4 +1,4 @@
-"""Every dashboard in a real browser, in JupyterLab and in Voila: keys, mouse, saved states, broken files, no outside request.
+"""Every dashboard in a real browser, JupyterLab and Voila: keys, mouse, states, broken files, no outside request.
 
 One page runs always (windows, JupyterLab); the rest with --full. Without a browser the tests say SKIPPED."""
 import json, re, subprocess, sys
@@ -12,9 +12,10 @@ import browser
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = ROOT / "nbs" / "dashboards"
 HANDLES = dict(windows="tone", patch_parameters="band", ablations="row")  # a slider of each dashboard
-STATES = dict(windows=dict(normalization="gain", tone=1.5, phase="signed"), patch_parameters=dict(checkpoint="untrained", band=1),
+STATES = dict(windows=dict(normalization="gain", tone=1.5, phase="signed"),
+              patch_parameters=dict(checkpoint="untrained", band=1),
               ablations=dict(table="VII", view="score", row=1))
-PRINTED = dict(windows="unit gain|gain", patch_parameters="untrained, this clip", ablations="K 127")  # what the loaded state shows
+PRINTED = dict(windows="unit gain|gain", patch_parameters="untrained, this clip", ablations="K 127")
 pytestmark = pytest.mark.browser
 
 
@@ -95,7 +96,8 @@ def test_page(server, name, tmp_path):
             assert re.search(r"\d dB", page.page.locator(".aasp-legend").first.inner_text()), "the legend reads no value"
 
         load_state(page, tmp_path, json.dumps(STATES[name]))
-        assert wait_for(page, lambda: re.search(PRINTED[name], page.page.locator(".aasp-dash").inner_text())), "state not loaded"
+        assert wait_for(page, lambda: re.search(PRINTED[name],
+                                                page.page.locator(".aasp-dash").inner_text())), "state not loaded"
         assert error(page) == ""
         loaded = page.settle()
         load_state(page, tmp_path, "RIFF not a state", "broken.json")
@@ -147,7 +149,7 @@ def extra(name, page, tmp_path):
 
 @pytest.mark.parametrize("name", HANDLES)
 def test_parameters_are_the_fields(name):
-    "The cell tagged `parameters` declares every field with its default, so that a saved state is a papermill parameter file."
+    "The cell tagged `parameters` declares every field with its default."
     import importlib
     module = dict(windows="window", patch_parameters="patch", ablations="ablation")[name]
     fields = importlib.import_module(f"aasp_nb.{module}_dashboard").FIELDS
@@ -166,9 +168,12 @@ def test_papermill_takes_a_state(name, tmp_path):
     state = tmp_path / "state.json"
     state.write_text(json.dumps(STATES[name]))
     picture = tmp_path / "picture.png"
-    subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", str(BOOKS / f"{name}.ipynb"), str(tmp_path / "out.ipynb"),
-                    "-f", str(state), "-p", "picture", str(picture), "-k", "python3"], check=True, cwd=tmp_path, timeout=300)
+    subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", str(BOOKS / f"{name}.ipynb"),
+                    str(tmp_path / "out.ipynb"),
+                    "-f", str(state), "-p", "picture", str(picture), "-k", "python3"], check=True, cwd=tmp_path,
+                    timeout=300)
     assert picture.stat().st_size > 10_000
-    bad = subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", str(BOOKS / f"{name}.ipynb"), str(tmp_path / "bad.ipynb"),
+    bad = subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", str(BOOKS / f"{name}.ipynb"),
+                          str(tmp_path / "bad.ipynb"),
                           "-p", "tabel", "V"], cwd=tmp_path, timeout=300, capture_output=True, text=True)
     assert bad.returncode != 0 and "unknown name 'tabel'" in bad.stdout + bad.stderr
