@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 OUT    ?= out
 DATA   ?=
 
-.PHONY: demo test test-full test-browser lab bench bench-dashboards figures demo-checkpoint readme docs gpu hooks clean help
+.PHONY: demo test test-full test-browser lab bench bench-dashboards figures demo-checkpoint readme docs hooks clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
