@@ -288,7 +288,7 @@ def on_axes(
     ax.set_title(self.spec["title"], fontsize=10, loc="left", fontweight="bold")
     ax.grid(True, lw=.4, alpha=.6)
     ax.set_axisbelow(True)
-    if legend and any(l.get("name") for l in self.spec["layers"]): ax.legend(fontsize=7, frameon=False)
+    if legend and any(l.get("name") for l in self.spec["layers"]): ax.legend(fontsize=7, framealpha=0.85, edgecolor="none")
 
 # %% ../nbs/17_dashboards.ipynb #c8029512
 _JS_SCALES = r"""
