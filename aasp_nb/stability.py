@@ -15,8 +15,8 @@ from IPython.display import Audio
 from torch.nn import functional as F
 
 from .audio import LogMel, modulation_frequencies, resample, zero_phase_highpass
-from .sblu import sblu_reference
-from .windows import fold_frequency
+from .sblu import sblu_gain
+from .windows import fold_frequency, kernel_taps
 
 # %% ../nbs/14_stability.ipynb #e927ba63
 def am_tone(
@@ -88,17 +88,19 @@ def patch_weights(
 def patch_sequence(
     x: torch.Tensor, # [..., T], T at least one patch; a remainder at the end is dropped
     weights: torch.Tensor, # [D, P_t] weights over the frames of a patch
-) -> torch.Tensor: # [..., D, T // P_t]
+    hop: int | None = None, # frames from one patch to the next; None: P_t, patches side by side
+) -> torch.Tensor: # [..., D, (T - P_t) // hop + 1]
     "Channels of a token sequence: filter along time, keep one value per patch."
     P = weights.shape[-1]
+    hop = P if hop is None else hop
     if x.shape[-1] < P: raise ValueError(f"{x.shape[-1]} frames are less than one patch of {P}")
-    patches = x[..., :x.shape[-1] // P * P].unflatten(-1, (-1, P))
-    return (patches.to(weights.dtype) @ weights.T).transpose(-1, -2)
+    if hop < 1: raise ValueError(f"hop must be at least 1 frame, got {hop}")
+    return (x.unfold(-1, P, hop).to(weights.dtype) @ weights.T).transpose(-1, -2)
 
 # %% ../nbs/14_stability.ipynb #d41097ee
 def folding_map(
     rates: torch.Tensor, # modulation rates before patching, Hz, any shape
-    patch_frames: int = 16, # P_t, frames per patch
+    patch_frames: int = 16, # P_t, frames from one patch to the next
     frame_rate: float = 100.0, # frames per second
 ) -> dict: # tensors of the same shape: `folded` (Hz), `zone` (0 is not aliased), `reversed` (True: faster looks slower)
     "Where each modulation rate lands once there is one value per patch."
@@ -195,8 +197,10 @@ def sblu_scan(
     "Answers of a row of SBLU units with one decay: modulation rate over time."
     if highpass: x = zero_phase_highpass(x, 1 / highpass)
     beta = 2 * math.pi * torch.as_tensor(rates, dtype=x.dtype) / frame_rate
-    u = x.expand(1, len(beta), -1)
-    return sblu_reference(u, torch.full_like(beta, alpha)[None, :, None], beta[None, :, None], kernel_size, 1.0, phase)[0]
+    alpha = torch.full_like(beta, alpha)
+    taps = kernel_taps(alpha, beta, kernel_size, phase)                # the same at all times: one product with every window
+    windows = F.pad(x, (kernel_size // 2, kernel_size // 2)).unfold(-1, kernel_size, 1)
+    return sblu_gain(alpha, beta)[:, None] * torch.hypot(taps.real @ windows.T, taps.imag @ windows.T)
 
 # %% ../nbs/14_stability.ipynb #d6a7ce9b
 def ripple(
