@@ -62,7 +62,7 @@ def test_text_of_section_4b():
     assert {n: c.spec_augment for n, c in configs.items()} == dict(as2m=0.2, as20k=0.2, esc50=0.0, scv2=0.2, nsynth=0.2)
     assert (configs["as2m"].sampling, configs["as2m"].epoch_clips) == ("balanced", 200_000)
     assert all(c.sampling == "uniform" for n, c in configs.items() if n != "as2m")
-    assert all(c.frames == BENCHMARKS[n].frames and c.selection == "last" for n, c in configs.items())
+    assert all(c.frames == BENCHMARKS[n].frames and c.selection == "last_step" for n, c in configs.items())
 
 
 @pytest.mark.skipif("AASP_PAPER" not in os.environ, reason="AASP_PAPER (folder of the paper's tables) is not set")
@@ -85,7 +85,7 @@ def test_learns_what_sounds_are_from_scratch(tmp_path):
     torch.manual_seed(0)
     recipe = FinetuneConfig.preset("esc50", steps=60, batch_size=12, lr=3e-3, layer_decay=0.9, frames=None, evaluations=2)
     out = finetune((build_encoder(config), config), m, tmp_path / "run", recipe, **CALL)
-    assert out["scores"]["last"]["test"] > 0.6 and out["metric"] == "accuracy" and out["n"]["test"] == 12, out["scores"]
+    assert out["scores"]["last_step"]["test"] > 0.6 and out["metric"] == "accuracy" and out["n"]["test"] == 12, out["scores"]
     loss = read_metrics(tmp_path / "run")["loss"]
     assert loss[-10:].mean() < 0.8 * loss[:10].mean()
     test = m.select(split="test")
@@ -93,7 +93,7 @@ def test_learns_what_sounds_are_from_scratch(tmp_path):
     from aasp_nb.audio import load_audio
     for i in range(len(test)): wave.append(torch.nn.functional.pad(load_audio(test.file(i)), (0, 2240)))
     answer = model(torch.stack(wave), torch.full((12,), 8000)).argmax(-1)
-    assert np.mean(answer.numpy() == test.targets(model.classes)) == out["scores"]["last"]["test"]
+    assert np.mean(answer.numpy() == test.targets(model.classes)) == out["scores"]["last_step"]["test"]
 
 
 def test_several_labels_and_class_balanced_sampling(clips, encoder, tmp_path):
@@ -101,7 +101,7 @@ def test_several_labels_and_class_balanced_sampling(clips, encoder, tmp_path):
     m.columns["label"] = [l + (";loud" if i % 2 else "") for i, l in enumerate(m.columns["label"])]
     recipe = FinetuneConfig.preset("as2m", steps=3, batch_size=10, frames=None, epoch_clips=30, evaluations=1)
     out = finetune(encoder, m, tmp_path / "run", recipe, **CALL)
-    assert out["metric"] == "mAP" and len(out["classes"]) == 11 and 0 < out["scores"]["last"]["test"] <= 1
+    assert out["metric"] == "mAP" and len(out["classes"]) == 11 and 0 < out["scores"]["last_step"]["test"] <= 1
     assert {k: out["settings"][k] for k in ("steps", "frames", "epoch_clips")} == dict(steps=3, frames=64, epoch_clips=30)
 
 
@@ -141,7 +141,7 @@ def test_a_few_real_clips(real_data, encoder, tmp_path):
     m = m.take(np.concatenate([np.flatnonzero(split == s)[::40] for s in ("train", "valid", "test")]))
     recipe = FinetuneConfig.preset("scv2", steps=4, batch_size=8, frames=None, evaluations=2)
     out = finetune(encoder, m, tmp_path / "run", recipe, **CALL)
-    assert not out["broken_clips"] and 0 <= out["scores"]["best_valid"]["test"] <= 1
+    assert not out["broken_clips"] and 0 <= out["scores"]["validation"]["test"] <= 1
     assert out["config"]["frames"] % 16 == 0 and -15 < out["norm"][0] < 0
 
 
@@ -186,12 +186,12 @@ def test_notebook_stops_resumes_and_records_once(run, clips, encoder):
     shown = run("finetune.ipynb", **given)
     assert "**made**, esc50" in shown and "| last step | **" in shown and "looks at the test score" in shown
     rows = read_results(run.home / "results.csv")
-    assert len(rows) == 2 * 3 and {r["rule"] for r in rows} == {"last", "best_valid", "best_test"}
+    assert len(rows) == 2 * 3 and {r["rule"] for r in rows} == {"last_step", "validation", "best_step_on_test"}
     settings = json.loads(rows[0]["settings"])
     assert settings["steps"] == 4 and settings["phase"] == "even" and settings["kernel_size"] == 63
     assert {r["task"] for r in rows} == {"finetune"} and "-p steps 4" in rows[0]["command"]
     results = json.loads((run.home / "runs" / "ft" / "results.json").read_text())
-    assert results["missing"] == 0 and results["summaries"]["last"]["seeds"] == 2 and results["interval"]
+    assert results["missing"] == 0 and results["summaries"]["last_step"]["seeds"] == 2 and results["interval"]
 
 
 def test_notebook_refuses_before_any_work(run):
@@ -207,9 +207,9 @@ def test_tables_keep_copies_out_of_official_columns(run):
     append_results(run.home / "results.csv", [
         dict(common, dataset=d, seed=s, fold=f, rule=r, value=v, settings=settings)
         for d, v in (("ESC-50", 0.111), ("ESC-50 (own copy)", 0.222), ("esc50 (opus, rejoined)", 0.333))
-        for s in (0, 1) for f in (1, 2) for r in ("last", "best_test")])
+        for s in (0, 1) for f in (1, 2) for r in ("last_step", "best_step_on_test")])
     append_results(run.home / "results.csv", [
-        dict(common, dataset="US8K", task="linear_probe", protocol="paper/us8k", seed=0, fold=f, rule="last", value=0.5)
+        dict(common, dataset="US8K", task="linear_probe", protocol="paper/us8k", seed=0, fold=f, rule="last_step", value=0.5)
         for f in range(1, 11)])
     shown = run("tables.ipynb")
     tables = {t.split(":")[0].split("\n")[0]: t for t in (run.home / "tables" / "tables.md").read_text().split("### ")[1:]}

@@ -53,7 +53,7 @@ def test_notebook_probes_a_checkpoint(run):
     assert [r["value"] for r in rows] == [r["value"] for r in results["rows"]] and len(rows) == 2 * 3
     assert {r["checkpoint"] for r in rows} == {open_model(saved).fingerprint} and {r["seed"] for r in rows} == {3, 4}
     assert "-p steps 50" in rows[0]["command"] and rows[0]["revision"] and json.loads(rows[0]["settings"])["seeds"] == [3, 4]
-    assert results["summaries"]["last"]["low"] <= results["summaries"]["last"]["mean"] <= results["summaries"]["last"]["high"]
+    assert results["summaries"]["last_step"]["low"] <= results["summaries"]["last_step"]["mean"] <= results["summaries"]["last_step"]["high"]
 
 
 @pytest.mark.parametrize("parameters,message", [
@@ -77,7 +77,7 @@ def test_folds_and_split_agree_on_what_is_tested(tmp_path):
     options = dict(steps=30, evaluations=3, seeds=(0,), cache=tmp_path / "cache", device="cpu")
     by_split, _ = run_probe("logmel", m, use="split", **options)
     by_fold, record = run_probe("logmel", m, use="folds", **options)
-    assert probe_summary(by_fold)["n"] == len(m) and record["summaries"]["last"]["folds"] == len(m.values("fold"))
+    assert probe_summary(by_fold)["n"] == len(m) and record["summaries"]["last_step"]["folds"] == len(m.values("fold"))
     assert probe_summary(by_split)["n"] == m.columns["split"].count("test")
 
 
@@ -91,4 +91,4 @@ def test_a_few_real_clips(real_data):
         warnings.simplefilter("error")
         _, record = run_probe("modulation", m.take(keep), steps=300, cache=None, device="cpu", use="split")
     chance = 1 / len(record["classes"])
-    assert record["unreadable"] == 0 and 2 * chance < record["summaries"]["last"]["mean"] < 1, record["summaries"]
+    assert record["unreadable"] == 0 and 2 * chance < record["summaries"]["last_step"]["mean"] < 1, record["summaries"]
