@@ -16,6 +16,7 @@ import ipywidgets as W
 import numpy as np
 import aasp_nb
 from fastcore.basics import patch
+from scipy.special import stdtrit
 from .ablations import (FILTERS, PAPER_TABLES, PAPER_TASKS, SETTING, ResultsError, choices_of, chosen, compare,
                                load_results)
 from .dashboards import PALETTE, Dashboard, Field, Plot, Scene, StateError, axis, check_state
@@ -55,11 +56,10 @@ def difference(
     ours, default,  # from `summarise`, or None
 ):  # -> (mean, low, high) in points; nan where it cannot be had
     "Paired difference to the default over the shared seeds, with Student's 95 % interval from two seeds on."
-    from scipy.stats import t as student
     a, b = seed_means(ours), seed_means(default)
     d = np.array([100 * (a[s] - b[s]) for s in a if s in b])
     if not len(d): return math.nan, math.nan, math.nan
-    half = student.ppf(0.975, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.nan
+    half = stdtrit(len(d) - 1, 0.975) * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.nan
     return float(d.mean()), float(d.mean() - half), float(d.mean() + half)
 
 # %% ../nbs/17c_ablation_dashboard.ipynb #783c7f21
