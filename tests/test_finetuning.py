@@ -217,7 +217,8 @@ def test_tables_keep_copies_out_of_official_columns(run):
     assert "| AaPE | 87 | AudioSet | 512,000 | 49.8 | 41.9 | 97.5 | 97.9 | paper, version 1 |" in three
     assert "11.1" in three and "2 of 5 folds" in three and "changed: steps" in three and "12.5 hours heard" in three
     assert not {"22.2", "33.3"} & set(three.replace("|", " ").split()) and "22.2" in other and "33.3" in other
+    assert "| model | pre-trained | hours heard | ESC-50 (own copy), accuracy % | esc50 (opus, rejoined), accuracy % |" in other
     mine = next(line for line in three.splitlines() if "**mine**" in line)
     assert [c.strip() for c in mine.split("|")][5:7] == ["", ""], "not run: blank"
-    assert "| 50.0 (1 seed) |" in four and "MATPAC/n10" in four and "11.1" not in other
+    assert "| 50.0 +- 0.0 over folds (1 seed) |" in four and "MATPAC/n10" in four and "11.1" not in other
     assert three.splitlines()[2].startswith("Ours: tiny, aape, 9 of 9 steps") and "last step" in shown
