@@ -734,7 +734,8 @@ function render({ model, el }) {
     } else audio.play().catch(() => {}); };
   for (const e of ['play', 'pause', 'ended']) audio.addEventListener(e, show);
   name.append('volume ', range); box.append(button, name);
-  model.on('change:wav', load); model.on('change:label', show); load();
+  const play = () => setTimeout(() => { if (url) { audio.currentTime = 0; audio.play().catch(() => {}); } }, 0);
+  model.on('change:wav', load); model.on('change:label', show); model.on('change:plays', play); load();
   return () => { audio.pause(); if (url) URL.revokeObjectURL(url); };
 }
 export default { render };
@@ -746,6 +747,7 @@ class Sound(anywidget.AnyWidget):
     _esm, _css = _SOUND_JS, CSS
     wav = T.Bytes(b"").tag(sync=True)
     label = T.Unicode("").tag(sync=True)
+    plays = T.Int(0).tag(sync=True)  # raised after a click of the reader that asks for the sound: it plays once
 
     def load(
         self,

@@ -11,11 +11,14 @@ import browser
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = ROOT / "nbs" / "dashboards"
-HANDLES = dict(windows="tone", patch_parameters="band", ablations="row")  # a slider of each dashboard
+HANDLES = dict(windows="tone", patch_parameters="band", ablations="row", alias_lab="rate")  # a slider of each dashboard
 STATES = dict(windows=dict(normalization="gain", tone=1.5, phase="signed"),
               patch_parameters=dict(checkpoint="untrained", band=1),
-              ablations=dict(table="VII", view="score", row=1))
-PRINTED = dict(windows="unit gain|gain", patch_parameters="untrained, this clip", ablations="K 127")
+              ablations=dict(table="VII", view="score", row=1),
+              alias_lab=dict(rate=9.0, hop=8, channel="average"))
+PRINTED = dict(windows="unit gain|gain", patch_parameters="untrained, this clip", ablations="K 127", alias_lab="above 6.25 Hz")
+MODULES = dict(windows="window_dashboard", patch_parameters="patch_dashboard", ablations="ablation_dashboard",
+               alias_lab="alias_lab")
 pytestmark = pytest.mark.browser
 
 
@@ -126,10 +129,10 @@ def extra(name, page, tmp_path):
         assert page.page.locator(".aasp-busy").inner_text() == "" and page.settle()[:4] == frames[:4]
     broken = tmp_path / "broken.bin"
     broken.write_bytes(b"neither audio\nnor a table\n")
-    if name in ("patch_parameters", "ablations"):
+    if name in ("patch_parameters", "ablations", "alias_lab"):
         with page.page.expect_file_chooser() as chooser: page.page.locator("button.jupyter-widget-upload, button.widget-upload").first.click()
         chooser.value.set_files(str(broken))
-        words = "cannot be read as audio" if name == "patch_parameters" else "no column dataset"
+        words = "no column dataset" if name == "ablations" else "cannot be read as audio"
         assert wait_for(page, lambda: words in error(page)), f"no error for a broken upload: {error(page)!r}"
     if name == "patch_parameters":
         sound = page.page.locator(".aasp-sound button").first
@@ -137,6 +140,22 @@ def extra(name, page, tmp_path):
         sound.click()
         assert wait_for(page, lambda: "Stop" in sound.inner_text(), 10), "the clip does not play"
         sound.click()
+    if name == "alias_lab":
+        page.page.get_by_role("button", name="Reset").click()
+        assert wait_for(page, lambda: error(page) == "")
+        page.settle()
+        buttons = page.page.locator(".aasp-sound button")
+        assert wait_for(page, lambda: all(b.is_enabled() for b in buttons.all()), 10), "the sounds did not follow"
+        assert all("Play" in t for t in buttons.all_inner_texts()), "sound must not play by itself"
+        for i in (1, 2):  # before and after
+            buttons.nth(i).click()
+            assert wait_for(page, lambda: "Stop" in buttons.nth(i).inner_text(), 10), "the envelope does not play"
+            buttons.nth(i).click()
+        page.page.locator(".aasp-over").first.scroll_into_view_if_needed()
+        box = page.page.locator(".aasp-over").first.bounding_box()
+        page.page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.6)
+        assert wait_for(page, lambda: "Stop" in buttons.last.inner_text(), 10), "the patch that was clicked does not play"
+        assert readout(page, "at") > 2 and readout(page, "band") >= 0, "the click chose no patch"
     if name == "ablations":
         page.page.get_by_role("button", name="Reset").click()
         wait_for(page, lambda: error(page) == "")
@@ -151,8 +170,7 @@ def extra(name, page, tmp_path):
 def test_parameters_are_the_fields(name):
     "The cell tagged `parameters` declares every field with its default."
     import importlib
-    module = dict(windows="window", patch_parameters="patch", ablations="ablation")[name]
-    fields = importlib.import_module(f"aasp_nb.{module}_dashboard").FIELDS
+    fields = importlib.import_module(f"aasp_nb.{MODULES[name]}").FIELDS
     cells = json.loads((BOOKS / f"{name}.ipynb").read_text())["cells"]
     tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1, "papermill needs one cell tagged `parameters`"
