@@ -7,7 +7,7 @@ __all__ = ['LOG_FLOOR', 'AudioError', 'resample', 'audio_info', 'load_audio', 'L
            'modulation_frequencies', 'highpass_taps', 'zero_phase_highpass', 'highpass_response']
 
 # %% ../nbs/00_audio.ipynb #15deb7b6
-import io, math, os, re
+import contextlib, io, math, os, re
 from functools import lru_cache
 from pathlib import Path
 
@@ -75,11 +75,12 @@ def _wav_cut(f):
 
 # %% ../nbs/00_audio.ipynb #a6a822de
 def _ogg_cut(path, tail=65536):
-    "True when the last page of an ogg stream lacks the end-of-stream flag."
-    if hasattr(path, "read"): return False
-    with open(path, "rb") as f:
-        f.seek(max(0, os.path.getsize(path) - tail))
+    "True when the last page of an ogg stream lacks the end-of-stream flag; a file object is left where it was."
+    with contextlib.nullcontext(path) if hasattr(path, "read") else open(path, "rb") as f:
+        at = f.tell()
+        f.seek(max(0, f.seek(0, os.SEEK_END) - tail))
         data = f.read()
+        f.seek(at)
     last = data.rfind(b"OggS")
     return last < 0 or last + 5 >= len(data) or not data[last + 5] & 4
 
