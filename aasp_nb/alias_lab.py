@@ -95,7 +95,7 @@ def strongest(
     rates,      # [R] Hz, evenly spaced
     amplitude,  # [R] nats
     count=6,    # at most so many
-    share=0.1,  # of the highest
+    share=0.05,  # of the highest
     apart=0.6,  # Hz
 ):  # -> (array [n], array [n]): rates in Hz and amplitudes in nats, the strongest first
     "The peaks of a modulation spectrum."
@@ -268,21 +268,21 @@ def before_scene(
 ):  # -> Scene
     "The modulation spectrum before patching: what a low-pass leaves and throws away, an arrow from each rate to where it folds."
     p, nyquist, lim = result["peaks"], result["nyquist"], (0.25, 50.0)
-    high = max(float(result["before"].max()), 0.02)
+    keep = result["rates"] >= lim[0]
+    rates, before, low = result["rates"][keep], result["before"][keep], result["low"][keep]
+    high = max(float(before.max()), 0.02)
     fold = [i for i in np.argsort(np.abs(np.log(p["rate"] / np.maximum(p["lands"], 0.3)))) if p["zone"][i] > 0]
-    top = high * (1.2 + 0.2 * len(fold))
+    top = high * (1.22 + 0.22 * len(fold))
     s = Scene(axis("modulation rate (Hz)", lim, "log", _HZ), axis("swing (nats)", (0, top)),
               f"Before patching: all above {nyquist:.4g} Hz folds, arrows show where to", 250, group,
               "Modulation spectrum of the band; arrows from each rate to where it folds")
     s.span(nyquist, lim[1], PALETTE["orange"], 0.10, "folds")
-    keep = result["rates"] >= lim[0]
-    rates, before, low = result["rates"][keep], result["before"][keep], result["low"][keep]
     s.band(rates, np.minimum(low, before), before, PALETTE["orange"], 0.45, "a low-pass throws this away")
     s.band(rates, 0 * low, low, PALETTE["blue"], 0.35, "and leaves this")
     s.line(rates, before, "#111", "before", 1.8)
     for n, i in enumerate(fold):
         end = (max(p["lands"][i], lim[0] * 1.05), p["left"][i])
-        x, y, (at, height) = fold_arrow((p["rate"][i], p["swing"][i]), end, high * (1.12 + 0.2 * n), lim, top)
+        x, y, (at, height) = fold_arrow((p["rate"][i], p["swing"][i]), end, high * (1.12 + 0.22 * n), lim, top)
         s.line(np.repeat(end[0], 2), np.array([0.0, end[1]]), PALETTE["red"], width=3).line(x, y, PALETTE["red"], width=1.8)
         s.text(at, height, f"{p['rate'][i]:.3g} → {p['lands'][i]:.3g} Hz", "#8a2f00", size=11)
     return s
@@ -294,17 +294,18 @@ def after_scene(
 ):  # -> Scene
     "The modulation spectrum of the channel's tokens: the part that was there, and the part that folded into it."
     p, rates = result["peaks"], result["token_rates"]
-    top = 1.3 * max(float(result["after"].max()), 0.02)
+    high = max(float(result["after"][rates >= min(0.25, result["nyquist"] / 2)].max()), 0.02)
+    fold = [i for i in range(len(p["rate"])) if p["zone"][i] > 0 and p["left"][i] > 0.04 * high]
+    top = high * (1.08 + 0.13 * len(fold))
     s = Scene(axis("rate in the tokens (Hz)", (0, result["nyquist"])), axis("swing (nats)", (0, top)),
               "After patching: the rates of one channel", 220, group, "Modulation spectrum of the tokens")
     s.band(rates, 0 * rates, result["folded"], PALETTE["orange"], 0.3)
     s.line(rates, result["stays"], PALETTE["blue"], "was slow", 2.2)
     s.line(rates, result["folded"], PALETTE["red"], "folded", 2.2, (7, 3)).line(rates, result["after"], "#111", "tokens", 1.4)
-    for i in range(len(p["rate"])):
-        if p["zone"][i] > 0 and p["left"][i] > 0.05 * top:
-            edge = p["lands"][i] / result["nyquist"]
-            s.text(p["lands"][i], min(p["left"][i] * 1.02, top * 0.9), f"was {p['rate'][i]:.3g} Hz", "#8a2f00",
-                   "left" if edge < 0.12 else "right" if edge > 0.88 else "center")
+    for n, i in enumerate(fold):
+        at, level = p["lands"][i], high * (1.06 + 0.13 * (len(fold) - 1 - n))
+        s.line(np.array([at, at]), np.array([min(p["left"][i], level), level]), PALETTE["red"], width=1, dash=(2, 2))
+        s.text(at, level, f"was {p['rate'][i]:.3g} Hz", "#8a2f00", "left" if at < 0.5 * result["nyquist"] else "right")
     return s
 
 # %% ../nbs/17d_alias_lab.ipynb #7c7d1257
@@ -349,7 +350,7 @@ def lab_table(
     rows = "".join(f"<tr><td>{p['rate'][i]:.2f} Hz</td><td>{p['swing'][i]:.2f}</td><td>{p['lands'][i]:.2f} Hz</td>"
                    f"<td>{p['left'][i]:.2f}</td><td>{zone(p['zone'][i])}</td></tr>" for i in range(len(p["rate"])))
     rows = rows or "<tr><td colspan=5>nothing swings in this band</td></tr>"
-    head = "<tr><th>rate in the sound</th><th>swing (nats)</th><th>in the tokens</th><th>swing there</th><th></th></tr>"
+    head = "<tr><th>sound</th><th>swing (nats)</th><th>tokens</th><th>swing</th><th></th></tr>"
     keeps = 16 * state["patch_frames"]
     return (f"<table class='aasp-numbers'>{head}{rows}</table><div class='aasp-note'><b>{result['share']:.0%}</b> of the "
             f"movement of mel band {result['band']} is above {result['nyquist']:.4g} Hz: a low-pass would throw it away, without "
@@ -378,8 +379,7 @@ def lab_sounds(
                 patch=(patch_sound(cut), CONFIG.sample_rate))
 
 # %% ../nbs/17d_alias_lab.ipynb #9ae98aa2
-LABELS = dict(sound="the sound", before="its envelope, before", after="after patching", filtered="low-passed first",
-              patch="the patch")
+LABELS = dict(sound="sound", before="before", after="after patching", filtered="low-passed", patch="patch")
 
 class AliasLab(Dashboard):
     "A sound, the rates of its envelope before and after patching, what filtering and SBLU make of it, and how it sounds."
