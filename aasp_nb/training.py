@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'CHECKPOINT_FORMAT', 'MEASURED', 'param_groups', 'make_optimizer', 'cosine_warmup', 'step_generator',
-           'git_revision', 'environment', 'RunError', 'writing', 'write_json', 'RunDir', 'read_metrics',
+           'git_revision', 'environment', 'RunError', 'writing', 'write_json', 'RunDir', 'read_metrics', 'Onlooker',
            'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'step_folders', 'latest_checkpoint', 'prune',
-           'optimizer_tensors', 'load_optimizer', 'Saver', 'StopRequest', 'duration', 'Progress', 'TrainingError',
-           'Window', 'Guard', 'pick_device', 'split_batch', 'Learner', 'fit', 'check_space', 'FrontEnd', 'AaSPLearner',
+           'optimizer_tensors', 'load_optimizer', 'Saver', 'duration', 'Picture', 'Progress', 'TrainingError', 'Window',
+           'Guard', 'pick_device', 'split_batch', 'Learner', 'fit', 'check_space', 'FrontEnd', 'AaSPLearner',
            'save_encoder', 'load_encoder', 'as_config', 'check_same', 'prepare_data', 'describe_data', 'prepare_run',
-           'pretrain', 'restore', 'write_results', 'plot_metrics', 'notebook_parameters']
+           'check_processes', 'pretrain', 'restore', 'write_results', 'plot_metrics', 'notebook_parameters']
 
 # %% ../nbs/10_training.ipynb #8bb7b9df
 import ast, contextlib, csv, difflib, fcntl, hashlib, json, math, os, platform, shutil, signal, subprocess, sys, time, warnings, weakref
@@ -31,8 +31,10 @@ from .data import (AudioDataset, CachedReader, Manifest, dataset_statistics, dec
                           valid_frames)
 from .encoder import AudioViT
 from .objectives import cached_contrastive
-from .pretraining import (AaSP, AaSPConfig, ConfigError, ViewMasks, build_encoder, build_logmel, coerce, draw_masks,
-                                 ema_momentum)
+from .pretraining import (AaSP, AaSPConfig, ConfigError, ViewMasks, asked_queries, build_encoder, build_logmel, coerce,
+                                 draw_masks, ema_momentum, patch_padding)
+from .processes import (PeerError, StopRequest, agree, averaged, data_parallel, from_first, gathered, rank, start_processes,
+                               stop_wanted, summed, world_size)
 
 # %% ../nbs/10_training.ipynb #8f8ec534
 NO_DECAY = ("cls_token", "mask_token", "pos_embed")  # last part of a parameter's name
@@ -145,6 +147,8 @@ def write_json(
 # %% ../nbs/10_training.ipynb #9db41f08
 class RunDir:
     "A run's folder: config.json, environment.json, metrics.csv, tensorboard/, log.txt, checkpoints/, results.json."
+    writes = True
+
     def __init__(self,
         path: str | Path,  # the folder
         resume: bool | str = False,  # False: must be new; True: must hold a run; "auto": either
@@ -281,6 +285,24 @@ def read_metrics(
     "All series of a run's metrics.csv."
     rows = _metric_rows(Path(run_dir) / "metrics.csv")
     return {k: np.array([_number(r[k]) for r in rows]) for k in (rows[0] if rows else ())}
+
+# %% ../nbs/10_training.ipynb #e7dacd31
+class Onlooker:
+    "A run as a process sees it that writes nothing."
+    writes, resumed = False, True
+
+    def __init__(self,
+        path: str | Path,  # the run's folder
+    ): self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path: return self.path / "checkpoints"
+
+    def log(self, text: str, show: bool = False): "Nothing."
+    def check(self): "Nothing."
+    def start_metrics(self, step: int): "Nothing."
+    def add_metrics(self, row: dict): "Nothing."
+    def close(self): "Nothing."
 
 # %% ../nbs/10_training.ipynb #6a46e375
 class CheckpointError(ValueError):
@@ -447,27 +469,6 @@ class Saver:
         "Raise what a finished write raised, without waiting."
         if self.pending is not None and self.pending.done(): self.wait()
 
-# %% ../nbs/10_training.ipynb #e999fe88
-class StopRequest:
-    "Context in which SIGTERM, SIGUSR1 and SIGINT ask for a clean stop; `reason` is the signal's name or None."
-    SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
-
-    def __init__(self): self.reason, self._old = None, {}
-
-    def _handle(self, number, frame):
-        if self.reason and number == signal.SIGINT: raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
-
-    def __enter__(self):
-        for name in self.SIGNALS:
-            number = getattr(signal, name, None)
-            try: self._old[number] = signal.signal(number, self._handle)
-            except (ValueError, TypeError): pass  # not the main thread, or no such signal here
-        return self
-
-    def __exit__(self, *exc):
-        for number, old in self._old.items(): signal.signal(number, old if old is not None else signal.SIG_DFL)
-
 # %% ../nbs/10_training.ipynb #7560f378
 def duration(
     seconds: float,  # any
@@ -478,6 +479,29 @@ def duration(
     return (f"{days} d " if days else "") + f"{s // 3600}:{s % 3600 // 60:02d}:{s % 60:02d}"
 
 # %% ../nbs/10_training.ipynb #9ebaf855
+class Picture:
+    "In a notebook: a run's losses, replaced in place."
+    def __init__(self,
+        run_dir: str | Path,  # run folder
+        every: float = 30.0,  # seconds between pictures, for `tick`
+    ): self.run_dir, self.every, self.shown, self.drawn = run_dir, every, None, time.monotonic()
+
+    def draw(self):
+        "Draw, if this is a notebook."
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        if getattr(shell, "kernel", None) is None or "loss" not in read_metrics(self.run_dir): return
+        from IPython.display import display
+        import matplotlib.pyplot as plt
+        fig = plot_metrics(self.run_dir, ["loss", "grad_norm", "lr"], 3)
+        if self.shown: self.shown.update(fig)
+        else: self.shown = display(fig, display_id=True)
+        plt.close(fig)
+
+    def tick(self):
+        "Draw if it is time to."
+        if time.monotonic() - self.drawn > self.every: self.draw(); self.drawn = time.monotonic()
+
+# %% ../nbs/10_training.ipynb #177e2cdd
 class Progress:
     "A line of text every `every` seconds, or a bar at a terminal."
     def __init__(self,
@@ -491,7 +515,7 @@ class Progress:
         self.run, self.start, self.stop, self.every = run, start, stop, every
         self.mode = ("bar" if sys.stdout.isatty() else "text") if mode == "auto" else mode
         self.begin = self.logged = self.shown = time.monotonic()
-        self.bar = None
+        self.bar, self.picture = None, Picture(run.path)
         if self.mode == "bar":
             from tqdm import tqdm
             self.bar = tqdm(total=stop, initial=start, unit="step", dynamic_ncols=True)
@@ -507,7 +531,7 @@ class Progress:
         if "clips_per_s" in row: parts.append(f"{row['clips_per_s']:.0f} clips/s")
         return "  ".join([f"step {step}/{self.stop}", *parts, f"ETA {duration(left)}"])
 
-# %% ../nbs/10_training.ipynb #177e2cdd
+# %% ../nbs/10_training.ipynb #42c477c4
 @patch
 def update(self: Progress,
     step: int,  # steps done
@@ -524,19 +548,7 @@ def update(self: Progress,
     rare = now - self.shown < max(self.every, (now - self.begin) / 500) and not last
     self.run.log(self.line(step, row), show=self.mode == "text" and not rare)
     self.logged, self.shown = now, self.shown if rare else now
-    if not rare and not last: self.draw()
-
-@patch
-def draw(self: Progress):
-    "In a notebook: a picture of the losses that is replaced in place."
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if self.mode != "text" or getattr(shell, "kernel", None) is None: return
-    from IPython.display import display
-    import matplotlib.pyplot as plt
-    fig = plot_metrics(self.run.path, ["loss", "grad_norm", "lr"], 3)
-    if getattr(self, "picture", None): self.picture.update(fig)
-    else: self.picture = display(fig, display_id=True)
-    plt.close(fig)
+    if self.mode == "text" and not rare and not last: self.picture.draw()
 
 # %% ../nbs/10_training.ipynb #cf0d602a
 class TrainingError(RuntimeError):
@@ -600,6 +612,7 @@ class Guard:
                              "lengthen the warm-up, or raise ema_base", show=True)
 
     def _report(self, step, bad):
+        if not self.run.writes: return
         path = self.run.path / "bad_steps.json"
         old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         new = [dict(step=s, clips=None if i is None else [int(x) for x in i]) for s, i in bad]
@@ -647,7 +660,7 @@ class Learner:
     ):
         self.model, self.optimizer, self.lr_at, self.grad_clip = model, optimizer, lr_at, grad_clip
         self.precision, self.seed, self.micro_batch = precision, seed, micro_batch
-        self.device = next(model.parameters()).device
+        self.device, self.parallel = next(model.parameters()).device, data_parallel(model)
         self.params = [p for g in optimizer.param_groups for p in g["params"]]
 
     def prepare(self, batch: dict, step: int) -> dict:
@@ -675,22 +688,24 @@ def backward(self: Learner,
     "Gradients of the mean loss over the parts of a step."
     total = {}
     for k, part in enumerate(parts):
-        with self.autocast(): loss, logs = self.loss(part, step_generator(self.seed, step, micro=k))
-        (loss / len(parts)).backward()
+        later = world_size() > 1 and k + 1 < len(parts)  # gradients are averaged over the processes with the last part
+        with self.parallel.no_sync() if later else contextlib.nullcontext():
+            with self.autocast(): loss, logs = self.loss(part, step_generator(self.seed, step, rank(), k))
+            (loss / len(parts)).backward()
         for name, v in {"loss": loss.detach(), **logs}.items(): total[name] = total.get(name, 0) + v / len(parts)
     return total
 
 @patch
 def step(self: Learner,
-    batch: dict,  # tensors with the clips first, on any device
+    batch: dict,  # this process's clips: tensors with the clips first, on any device
     step: int,  # from 0
-) -> dict:  # logs: loss, lr, grad_norm, bad and what `loss` and `after_step` add
+) -> dict:  # logs, means over the processes: loss, lr, grad_norm, bad and what `loss` and `after_step` add
     "One optimizer step; skipped on the device if the loss or the gradient is not finite."
     lr = self.lr_at(step)
     for g in self.optimizer.param_groups: g["lr"] = lr * g.get("lr_scale", 1.0)
     self.model.train()
     self.optimizer.zero_grad(set_to_none=True)
-    logs = self.backward(split_batch(self.prepare(batch, step), self.micro_batch), step)
+    logs = averaged(self.backward(split_batch(self.prepare(batch, step), self.micro_batch), step), self.device)
     norm = nn.utils.clip_grad_norm_(self.params, self.grad_clip or math.inf)
     bad = (~(torch.isfinite(norm) & torch.isfinite(logs["loss"]))).float()
     self.optimizer.found_inf = bad
@@ -721,10 +736,56 @@ def load_state(self: Learner,
     torch.set_rng_state(tensors["rng"]["cpu"])
 
 # %% ../nbs/10_training.ipynb #4e8190b3
+class _Session:
+    "What the loop keeps beside its learner: metrics, checkpoints, progress."
+    def __init__(self, learner, run, start, stop_at, guard, keep_last, progress, seconds, extra):
+        check_space(run, learner, keep_last)
+        self.learner, self.run, self.guard, self.extra, self.before = learner, run, guard or Guard(run), extra or {}, seconds
+        self.saver, self.window, self.row, self.clips = Saver(run, keep_last), Window(), {}, 0
+        self.bar = Progress(run, start, stop_at, progress if run.writes else "none")
+        self.begin = self.read = time.monotonic()
+
+    @property
+    def seconds(self) -> float: return self.before + time.monotonic() - self.begin
+
+    def train(self, batch, step):
+        "One step."
+        self.window.add(step, self.learner.step(batch, step), batch.get("index"))
+        self.clips += len(next(iter(batch.values()))) * world_size()
+
+    def look(self, step):
+        "Read the window's means, write them, and let the guard look at them."
+        self.run.check()
+        n, (mean, bad) = len(self.window.rows), self.window.flush()
+        if bad: bad = _of_all(gathered(bad))  # every process has skipped the same steps
+        now = time.monotonic()
+        self.row = dict(step=step, **mean, clips_per_s=self.clips / max(now - self.read, 1e-9))
+        self.clips, self.read = 0, now
+        self.run.add_metrics(self.row)
+        self.guard.check(step, self.row, bad, n)
+
+    def keep(self, step):
+        "Write a checkpoint in the background."
+        if not self.run.writes: return
+        tensors, state = self.learner.state()
+        self.saver.save(step, tensors, {**state, **self.extra, "seconds": self.seconds}, self.row.get("loss"))
+
+# %% ../nbs/10_training.ipynb #5ddc5754
+def _of_all(reports: list) -> list:
+    "Bad steps of all processes, (step, clip numbers), joined step by step."
+    known = lambda clips: [] if clips is None else [int(x) for x in clips]
+    return [(same[0][0], [x for _, clips in same for x in known(clips)] or None) for same in zip(*reports)]
+
+def _fetch(batches, wanted: bool) -> tuple:
+    "The next batch, or the error that it met; neither if none is wanted."
+    try: return (next(batches), None) if wanted else (None, None)
+    except Exception as e: return None, e
+
+# %% ../nbs/10_training.ipynb #57152f0b
 def fit(
     learner: Learner,  # what is trained
     batches,  # iterable: the batches of steps `start`, `start + 1`, ...
-    run: RunDir,  # where everything goes
+    run: RunDir,  # where everything goes; an `Onlooker` in all processes but the first
     steps: int,  # of the whole run
     start: int = 0,  # steps done before
     stop_at: int = None,  # end after this step (default: `steps`)
@@ -738,47 +799,38 @@ def fit(
     extra: dict = None,  # goes into each checkpoint's state
 ) -> dict:  # status, reason, step, steps, seconds (of all sessions), bad_steps, alarms, last (metrics)
     "Train from `start` to `steps`; a signal, the time limit or an error in data or disk ends it at a step boundary."
-    stop_at, guard, saver, window = min(stop_at or steps, steps), guard or Guard(run), Saver(run, keep_last), Window()
-    check_space(run, learner, keep_last)
-    bar, row, step, clips, begin, reason = Progress(run, start, stop_at, progress), {}, start, 0, time.monotonic(), None
-    clock, batches = begin, iter(batches)
-
-    def keep():
-        tensors, state = learner.state()
-        state |= {**(extra or {}), "seconds": seconds + time.monotonic() - begin}
-        saver.save(step, tensors, state, row.get("loss"))
-
+    stop_at, step, batches = min(stop_at or steps, steps), start, iter(batches)
+    s = _Session(learner, run, start, stop_at, guard, keep_last, progress, seconds, extra)
     try:
         with StopRequest() as stop:
+            batch, error = _fetch(batches, step < stop_at)
+            reason = agree("error" if error else None)  # the processes decide together, after the same step
             while step < stop_at and not reason:
-                try: batch = next(batches)
-                except Exception:  # between two steps: what was trained is whole
-                    if step > start:
-                        if window.rows: row = _log_window(run, guard, window, step, clips, clock)
-                        keep(); saver.wait()
-                    raise
-                window.add(step, learner.step(batch, step), batch.get("index"))
-                step, clips = step + 1, clips + len(next(iter(batch.values())))
-                reason = stop.reason or ("max_minutes" if time.monotonic() - begin > 60 * (max_minutes or math.inf) else None)
-                if step % log_every == 0 or step == stop_at or reason:
-                    row, clock = _log_window(run, guard, window, step, clips, clock), time.monotonic()
-                    clips = 0
-                bar.update(step, row, last=step == stop_at or bool(reason))
-                if step % save_every == 0 or step == stop_at or reason: keep()
-                saver.poll()
-            saver.wait()
+                s.train(batch, step)
+                step += 1
+                batch, error = _fetch(batches, step < stop_at)
+                late = "max_minutes" if time.monotonic() - s.begin > 60 * (max_minutes or math.inf) else None
+                reason = agree("error" if error else stop.reason or stop_wanted() or late)
+                end = step == stop_at or reason is not None
+                if step % log_every == 0 or end: s.look(step)
+                s.bar.update(step, s.row, last=end)
+                if step % save_every == 0 or end: s.keep(step)
+                s.saver.poll()
+            s.saver.wait()
+            if reason == "error": raise error or PeerError("another process has ended the run")
     finally:
         if hasattr(batches, "close"): batches.close()
-    return _tell(dict(status="finished" if step >= steps else "stopped", reason=reason, step=step, steps=steps,
-                      seconds=seconds + time.monotonic() - begin, bad_steps=guard.total, alarms=guard.alarms, last=row))
+    return _tell(dict(status="finished" if step >= steps else "stopped", reason=reason, step=step, steps=steps, seconds=s.seconds,
+                      bad_steps=s.guard.total, alarms=s.guard.alarms, last=s.row))
 
-# %% ../nbs/10_training.ipynb #5ddc5754
+# %% ../nbs/10_training.ipynb #079cbf54
 def check_space(
     run: RunDir,  # where checkpoints go
     learner: Learner,  # what they hold
     keep_last: int = 3,  # checkpoints kept, besides the best
 ):
     "Raise `RunError` where a checkpoint has no room; say so where those to keep have none."
+    if not run.writes: return
     params = 2 * sum(p.nbytes for p in learner.params)  # AdamW's moments
     size = sum(t.nbytes for k, g in learner.state()[0].items() for t in g.values() if k != "optimizer") + params
     free, missing = shutil.disk_usage(run.path).free, keep_last + 2 - len(step_folders(run.checkpoints))
@@ -788,20 +840,10 @@ def check_space(
 
 def _tell(out: dict) -> dict:
     "Let a launcher know how training ended: one line in the file that AASP_STATUS names."
-    if path := os.environ.get("AASP_STATUS"):
+    if (path := os.environ.get("AASP_STATUS")) and rank() == 0:
         line = json.dumps({k: out[k] for k in ("status", "reason", "step", "steps")})
         with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as f: f.write(line + "\n")
     return out
-
-def _log_window(run: RunDir, guard: Guard, window: Window, step: int, clips: int, since: float) -> dict:
-    "Read the window's means, write them, and let the guard look at them."
-    run.check()
-    n = len(window.rows)
-    row, bad = window.flush()
-    row = dict(step=step, **row, clips_per_s=clips / max(time.monotonic() - since, 1e-9))
-    run.add_metrics(row)
-    guard.check(step, row, bad, n)
-    return row
 
 # %% ../nbs/10_training.ipynb #c11c6395
 class FrontEnd(nn.Module):
@@ -839,18 +881,29 @@ class AaSPLearner(Learner):
         model, c = AaSP(config).to(device), config
         super().__init__(model, make_optimizer(model, c.lr, c.weight_decay, c.betas), grad_clip=c.grad_clip or None,
                          lr_at=lambda s: cosine_warmup(s, c.steps, c.warmup_steps, c.lr, c.min_lr), precision=c.precision,
-                         seed=c.seed, micro_batch=c.batch_size // c.accumulation_steps)
+                         seed=c.seed, micro_batch=c.batch_size // (c.accumulation_steps * world_size()))
         self.config, self.front = config, FrontEnd(config).to(device)
 
     def prepare(self, batch, step):
-        "Log-mel, padding and masks on the device."
-        pad = self.front.padding(batch["valid_samples"])
-        masks = draw_masks(self.config, len(batch["wave"]), generator=step_generator(self.seed, step)).to(self.device)
-        out = dict(logmel=self.front(batch["wave"].to(self.device, non_blocking=True)), **vars(masks))
-        return out if pad is None else out | dict(padding=pad.to(self.device, non_blocking=True))
+        "Log-mel, padding and masks on the device; a clip's masks depend on its place in the whole batch alone."
+        n, world = len(batch["wave"]), world_size()
+        masks = draw_masks(self.config, n * world, generator=step_generator(self.seed, step)).rows(slice(rank(), None, world))
+        pad, weight = self._padding(masks, self.front.padding(batch["valid_samples"]), n)
+        more = {k: v.to(self.device, non_blocking=True) for k, v in dict(padding=pad, weight=weight).items() if v is not None}
+        wave = batch["wave"].to(self.device, non_blocking=True)
+        return dict(logmel=self.front(wave), **vars(masks.to(self.device)), **more)
+
+    def _padding(self, masks, pad, n):
+        "Padding, where any process has some, and each clip's weight in L_mask, where the step has several parts."
+        if world_size() == 1 and (pad is None or n <= self.micro_batch): return pad, None
+        mine = torch.zeros(n, self.config.grid[1], dtype=torch.bool) if pad is None else pad
+        asked = asked_queries(masks, patch_padding(mine, self.config.grid[0]))
+        padded, total = summed([pad is not None, asked.sum().item()])
+        return (mine, asked * (n * world_size() / max(total, 1))) if padded else (None, None)
 
     def loss(self, batch, generator):
-        return self.model(batch["logmel"], batch.get("padding"), generator, self._masks(batch), batch.get("contrastive"))
+        share = batch["weight"].mean() if "weight" in batch else None
+        return self.parallel(batch["logmel"], batch.get("padding"), generator, self._masks(batch), batch.get("contrastive"), share)
 
     def after_step(self, step):
         c = self.config
@@ -872,7 +925,7 @@ def backward(self: AaSPLearner,
     if len(parts) > 1 and c.contrastive_weight and c.contrastive_scope == "global":
         seen = []
         for k, part in enumerate(parts):
-            step_generator(self.seed, step, micro=k)  # the same drop path as in the second pass
+            step_generator(self.seed, step, rank(), k)  # the same drop path as in the second pass
             with torch.no_grad(), self.autocast():
                 seen.append(self.model.encode_views(part["logmel"], self._masks(part), part.get("padding")))
         value, grad = cached_contrastive(torch.cat([v.z for v in seen]), c.temperature, torch.cat([v.valid for v in seen]))
@@ -1009,10 +1062,58 @@ def prepare_run(
     return config
 
 # %% ../nbs/10_training.ipynb #4330e9f6
+def check_processes(
+    processes: int,  # asked for
+    device: torch.device,  # to train on
+    config: AaSPConfig,  # batch size and accumulation
+):
+    "Raise `RunError` for a number of processes that cannot work."
+    if processes < 1: raise RunError(f"processes must be at least 1, got {processes}")
+    parts = processes * config.accumulation_steps
+    if config.batch_size % parts:
+        raise RunError(f"batch_size {config.batch_size} is not a multiple of processes x accumulation_steps ({parts}): change one")
+    if device.type != "cuda" or processes == 1: return
+    have = torch.cuda.device_count()
+    if processes > have: raise RunError(f"processes={processes} needs as many GPUs, {have} are visible here (CUDA_VISIBLE_DEVICES): "
+                                        "lower processes, or pass device=\"cpu\"")
+    if device.index is not None: raise RunError(f'{processes} processes take a GPU each: pass device="cuda" instead of "{device}"')
+
+# %% ../nbs/10_training.ipynb #79771ef5
 def _out_of_memory(e: Exception) -> bool:
     "Is this the device or the machine out of memory?"
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
+def _train(run, config: AaSPConfig, dataset: AudioDataset, device: torch.device, max_steps=None, workers=None, **kw) -> dict:
+    "Train a run that is prepared, in this process, alone or as one of several; results in the first."
+    try:
+        learner = AaSPLearner(config, device)
+        start, seconds = restore(run, learner)
+        done = run.resumed and start >= min(max_steps or config.steps, config.steps) and (run.path / "results.json").is_file()
+        if from_first(done):
+            run.log(f"nothing to do: {start} steps are done", show=True)
+            return run.read_json("results.json") if run.writes else None
+        if workers is None: workers = 0 if isinstance(dataset.reader, CachedReader) else max(1, os.cpu_count() // world_size() - 1)
+        loader = train_loader(dataset, config.batch_size, config.seed, start, workers=workers, pin_memory=device.type == "cuda",
+                              rank=rank(), world=world_size())
+        run.start_metrics(start)
+        out = fit(learner, loader, run, config.steps, start, max_steps, guard=Guard(run, after=config.warmup_steps),
+                  seconds=seconds, extra={"config": config.to_dict()}, **kw)
+        return write_results(run, learner, dataset, config, out)
+    except (MemoryError, RuntimeError) as e:
+        if not _out_of_memory(e): raise
+        raise RunError(f"out of memory on {device}: raise accumulation_steps (now {config.accumulation_steps}), or lower "
+                       f"batch_size ({config.batch_size}) or views ({config.views})") from e
+
+# %% ../nbs/10_training.ipynb #6cb1bff9
+def _take_part(config: AaSPConfig, data, run_dir: Path, device: str, cache: bool, threads: int, kw: dict) -> dict:
+    "What each of several processes does."
+    torch.set_num_threads(threads)
+    device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    run = RunDir(run_dir, True) if rank() == 0 else Onlooker(run_dir)
+    try: return _train(run, config, prepare_data(config, data, cache), device, **kw)
+    finally: run.close()
+
+# %% ../nbs/10_training.ipynb #a92fb3ae
 def pretrain(
     config,  # `AaSPConfig`, a preset's name ("tiny", "small", "base", "eat"), or a dictionary of fields
     data,  # folder of audio, CSV manifest, `Manifest`, or `AudioDataset`
@@ -1020,53 +1121,53 @@ def pretrain(
     resume: bool | str = False,  # False: a new run; True: go on; "auto": go on if there is something to go on with
     max_steps: int = None,  # end after this step, with a checkpoint; the schedule still spans config.steps
     device: str = "auto",  # "auto", "cpu", "cuda"
-    workers: int = None,  # loader processes (default: none for decoded clips, else one per core but one)
+    workers: int = None,  # loader processes (default: none for decoded clips, else one per core but one), per training process
     cache: bool | str = "auto",  # decode once: see `prepare_data`
+    processes: int = 1,  # training processes; on GPUs one each
     **kw,  # log_every, save_every, keep_last, max_minutes, progress: see `fit`
 ) -> dict:  # status, losses, speed and provenance; also in results.json
     "Pre-train AaSP; the same call with resume=\"auto\" goes on where it stopped."
     config = as_config(config)
-    device, run = pick_device(device, config.precision), RunDir(run_dir, resume)
+    device = pick_device(device, config.precision)
+    check_processes(processes, device, config)
+    run, kw = RunDir(run_dir, resume), dict(max_steps=max_steps, workers=workers, **kw)
     try:
         dataset = prepare_data(config, data, cache)
         config = prepare_run(run, config, dataset, device)
-        learner = AaSPLearner(config, device)
-        start, seconds = restore(run, learner)
-        if run.resumed and start >= min(max_steps or config.steps, config.steps) and (run.path / "results.json").is_file():
-            run.log(f"nothing to do: {start} steps are done", show=True)
-            return run.read_json("results.json")
-        if workers is None: workers = 0 if isinstance(dataset.reader, CachedReader) else max(1, os.cpu_count() - 1)
-        loader = train_loader(dataset, config.batch_size, config.seed, start, workers=workers,
-                              pin_memory=device.type == "cuda")
-        run.start_metrics(start)
-        guard = Guard(run, after=config.warmup_steps)
-        out = fit(learner, loader, run, config.steps, start, max_steps, guard=guard, seconds=seconds,
-                  extra={"config": config.to_dict()}, **kw)
-        return write_results(run, learner, dataset, config, out)
-    except (MemoryError, RuntimeError) as e:
-        if not _out_of_memory(e): raise
-        raise RunError(f"out of memory on {device}: raise accumulation_steps (now {config.accumulation_steps}), or lower "
-                       f"batch_size ({config.batch_size}) or views ({config.views})") from e
-    finally: run.close()
+        if processes == 1: return _train(run, config, dataset, device, **kw)
+    finally: run.close()  # the first of several processes takes it over
+    source = data if isinstance(data, AudioDataset) else dataset.manifest
+    args = (config, source, run.path, device.type, isinstance(dataset.reader, CachedReader), max(1, torch.get_num_threads() // processes), kw)
+    return start_processes(_take_part, processes, args, device.type, tick=Picture(run.path).tick if kw.get("progress") != "none" else None,
+                           say=lambda text: run.log(text, show=True))
 
-# %% ../nbs/10_training.ipynb #ceecfeb3
-def restore(
-    run: RunDir,  # maybe resumed
-    learner: Learner,  # gets the newest whole checkpoint
-) -> tuple:  # steps done, seconds trained
-    "Load the newest checkpoint of a resumed run; says where it goes on."
-    if not run.resumed: return 0, 0.0
+# %% ../nbs/10_training.ipynb #24069c6b
+def _newest(run: RunDir) -> tuple:
+    "Path, tensors and state of a run's newest whole checkpoint; damaged ones behind it are put aside."
     path, tensors, state = latest_checkpoint(run.checkpoints)
     if path is None:
         if step_folders(run.checkpoints): raise RunError(f"no checkpoint in {run.checkpoints} is whole: choose another run_dir")
         run.log("no checkpoint yet: starting at step 0", show=True)
-        return 0, 0.0
+        return None, None, None
     for later in step_folders(run.checkpoints):
         if int(later.name[5:]) > state["step"]: later.rename(later.with_name(f"damaged-{later.name}"))
+    return path, tensors, state
+
+def restore(
+    run: RunDir,  # maybe resumed; an `Onlooker` in all processes but the first
+    learner: Learner,  # gets the newest whole checkpoint
+) -> tuple:  # steps done, seconds trained
+    "Load the newest checkpoint of a resumed run; says where it goes on."
+    if not run.resumed: return 0, 0.0
+    path, tensors, state = _newest(run) if run.writes else (None, None, None)
+    path = from_first(path)
+    if path is None: return 0, 0.0
+    if not run.writes: tensors, state = load_checkpoint(path)
     learner.load_state(tensors, state)
     run.log(f"resumed from {path.name}", show=True)
     return state["step"], state.get("seconds", 0.0)
 
+# %% ../nbs/10_training.ipynb #32023c70
 def write_results(
     run: RunDir,  # of the run
     learner: AaSPLearner,  # trained
@@ -1075,12 +1176,15 @@ def write_results(
     out: dict,  # from `fit`
 ) -> dict:  # what results.json holds
     "Export the encoder and write results.json."
+    broken = {k: v for seen in gathered(dataset.broken.seen) for k, v in seen.items()}
+    if not run.writes: return None
     with writing(run.path): save_encoder(learner.model.student, config, run.path / "encoder")
     last, speed = step_folders(run.checkpoints), read_metrics(run.path).get("clips_per_s", np.zeros(1))
     results = out | dict(
-        run_dir=str(run.path), clips_per_s=float(np.median(speed[1:] if len(speed) > 1 else speed)), checkpoint=last[-1].name if last else None, seed=config.seed, config=config.to_dict(),
+        run_dir=str(run.path), clips_per_s=float(np.median(speed[1:] if len(speed) > 1 else speed)),
+        checkpoint=last[-1].name if last else None, seed=config.seed, config=config.to_dict(), processes=world_size(),
         contrastive_scope=config.contrastive_scope, accumulation_steps=config.accumulation_steps,
-        data=describe_data(dataset), broken_clips={dataset.manifest.columns["path"][i]: t for i, t in dataset.broken.seen.items()},
+        data=describe_data(dataset), broken_clips={dataset.manifest.columns["path"][i]: t for i, t in broken.items()},
         environment=environment(learner.device), finished=datetime.now().isoformat(timespec="seconds"))
     with writing(run.path): write_json(run.path / "results.json", results)
     return results

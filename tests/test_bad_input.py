@@ -1,9 +1,12 @@
 """A test for each row of the table in nbs/bad_input.ipynb: a clear message that says what to do, and nothing lost."""
+import io
 import json
 import math
 import os
 import re
 import shutil
+import signal
+import tarfile
 import tempfile
 import warnings
 from dataclasses import replace
@@ -21,6 +24,8 @@ from aasp_nb.audio import AudioError, LogMel, load_audio
 from aasp_nb.clips import generate_clip, write_clips
 from aasp_nb.data import AudioDataset, FileReader, Manifest, ManifestError, decode_once, train_loader
 from aasp_nb.pretraining import AaSPConfig, ConfigError
+from aasp_nb.processes import ProcessError, start_processes
+from aasp_nb.shards import read_tar
 from aasp_nb.training import CheckpointError, RunDir, RunError, TrainingError, load_checkpoint, load_encoder, pretrain, step_folders
 
 FIELDS = dict(embed_dim=32, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=8, lambda_dim=16, views=2, predictor_dim=32,
@@ -253,6 +258,24 @@ def test_row_leaves_root(tmp_path, path):
     with refused(ManifestError, repr(path)): Manifest.open(write(tmp_path, f"path,label\nx.wav,1\n{path},1\n"))
 
 
+def test_row_tar_leaves_root(tmp_path):
+    def tar(*members):
+        with tarfile.open(tmp_path / "d" / "a.tar", "w") as out:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                if data is None: info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"
+                else: info.size = len(data)
+                out.addfile(info, io.BytesIO(data or b""))
+        return tmp_path / "d" / "a.tar"
+
+    (tmp_path / "d").mkdir()
+    for name in ("../a.wav", "/etc/a.wav", "a/../../b.wav"):
+        with refused(ManifestError, repr(name), "leaves the data folder"): read_tar(tar((name, b"x")))
+    with refused(ManifestError, "'../b.wav'", "leaves"): read_tar(tar(("a.json", b'{"path": "../b.wav"}'), ("a.wav", b"x")))
+    with refused(ManifestError, "a.wav", "link", "refused"): read_tar(tar(("a.wav", None)))
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["a.tar"]
+
+
 def test_row_no_labels(tmp_path):
     with refused(ManifestError, "no column 'label'"): Manifest.open(write(tmp_path, "path\na.wav\n")).classes()
 
@@ -479,6 +502,20 @@ def test_row_no_gpu(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with refused(RunError, "no GPU", 'device="cpu"'): pretrain(config(), clips, tmp_path / "run", device="cuda")
     assert not (tmp_path / "run").exists()
+
+
+def test_row_too_many_processes(clips, tmp_path, monkeypatch):
+    with refused(RunError, "batch_size 2", "(3)"): pretrain(config(), clips, tmp_path / "run", processes=3, **CALL)
+    for name, value in (("is_available", True), ("is_bf16_supported", True), ("device_count", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda *a, v=value: v)
+    with refused(RunError, "processes=2", "1 are visible", "lower processes"):
+        pretrain(config(), clips, tmp_path / "run", processes=2, **{**CALL, "device": "cuda"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_row_lost_processes(capsys):
+    with refused(ProcessError, "lost (SIGKILL)", "2 times", "lower batch_size"): start_processes(signal.raise_signal, 1, (9,), restarts=1)
+    assert "starting all again" in capsys.readouterr().out
 
 
 def test_row_unknown_device():
