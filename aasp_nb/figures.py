@@ -123,7 +123,8 @@ def draw_phase_sensitivity(
         left.plot(np.arange(361), at, color=colour, ls=line, label=f"{p}: {at.min():.2f} to {at.max():.2f}")
         over = tone_response(broad, beta, kernel_size, tones[:, None], turn[::6], p)
         lo, hi = over.amin(1).numpy(), over.amax(1).numpy()
-        right.fill_between(hz, lo, hi, color=colour, alpha=0.18, lw=0)
+        if p == "even": right.fill_between(hz, lo, hi, fc="none", ec=COLOURS["red"], hatch="////", lw=0, alpha=0.35)
+        else: right.fill_between(hz, lo, hi, color=colour, alpha=0.3, lw=0)
         right.plot(hz, hi, color=colour, ls=line, label=f"{p}, peak at {hz[hi.argmax()]:.1f} Hz")
         right.plot(hz, lo, color=colour, ls=line, lw=0.6)
     right.axvline(beta * frame_rate / (2 * math.pi), color="k", lw=0.6, ls=":")
@@ -151,7 +152,7 @@ def draw_highpass(
     for f, offset in ((low, (7, -9)), (1.6 * low, (6, -11))):
         y = db(torch.tensor([f]))[0]
         ax.plot(f, y, "o", color=COLOURS["red"], ms=3.5)
-        ax.annotate(f"{y:.1f} dB at {f:g} Hz", (f, y), xytext=offset, textcoords="offset points", fontsize=6.8)
+        ax.annotate(f"{y:.1f} dB at {f:g} Hz".replace("-", "\u2212"), (f, y), xytext=offset, textcoords="offset points", fontsize=6.8)
     ax.set(xscale="log", ylim=(-60, 4), xlim=(0.5, frame_rate / 2), xlabel="modulation rate (Hz)", ylabel="gain (dB)",
         xticks=[0.5, 1, 2, 5, 10, 20, 50], xticklabels=["0.5", "1", "2", "5", "10", "20", "50"])
     ax.minorticks_off(); ax.legend(loc="lower right")
@@ -188,9 +189,9 @@ def draw_coverage(
     rates = torch.linspace(0, frame_rate / 2, 501)
     for ax, phase in zip(fig.subplots(1, 2, sharey=True), ("even", "signed")):
         curves = unit_curves([alpha] * units, beta.numpy(), rates, kernel_size, phase, frame_rate, patch_frames)
+        ax.plot(rates, curves.max(0), color="#b0b0b0", lw=4.5, label="best unit", solid_capstyle="butt")
         for i, row in enumerate(curves):
-            ax.plot(rates, row, lw=0.7, color=list(COLOURS.values())[1 + i % 7], ls=LINES[i % 2])
-        ax.plot(rates, curves.max(0), color="k", lw=1.6, ls=(0, (4, 1)), label="best unit")
+            ax.plot(rates, row, lw=0.8, color=COLOURS[("blue", "red", "black")[i % 3]], ls=LINES[i % 3])
         ax.axvspan(0, frame_rate / patch_frames / 2, color="k", alpha=0.08, lw=0)
         ax.plot(beta * frame_rate / (2 * math.pi), np.full(units, -0.04), "|", color="k", ms=5, clip_on=False)
         ax.set(title=f"{phase} kernel", xlabel="modulation rate (Hz)", xlim=(0, frame_rate / 2), ylim=(-0.08, 1.2))
@@ -233,7 +234,7 @@ def claim_sentence(
     for f in ("one-sided", "gaussian"):
         ratio = value["two-sided"] / value[f]
         verb = "a tie" if abs(ratio - 1) < margin else "holds" if ratio > 1 else "fails"
-        parts.append(f"{f.replace('gaussian', 'Gaussian')} x {ratio:.3g} ({verb})")
+        parts.append(f"{f.replace('gaussian', 'Gaussian')} \u00d7 {ratio:.3g} ({verb})")
     return f"unit {normalization}, gradient at {at:g} rad: two-sided = {' = '.join(parts)}"
 
 # %% ../nbs/16_figures.ipynb #63c5d052
@@ -254,7 +255,8 @@ def draw_windows(
             left.plot(curves["omega"], c["dB"], **style)
             right.semilogy(curves["omega"], c["gradient"].clamp_min(1e-9), **style)
         left.set(ylabel="spectrum (dB, 0 at the target)", ylim=(-70, 4), title=f"unit {normalization}")
-        right.set(ylabel="gradient magnitude", ylim=(1e-4, 2), xlim=(0, math.pi), title=claim_sentence(curves, normalization).replace(": ", "\n"))
+        claim = claim_sentence(curves, normalization).replace(": ", "\n")
+        right.set(ylabel="gradient magnitude", ylim=(1e-4, 2), xlim=(0, math.pi), title=claim)
         right.title.set_fontsize(6.6); left.legend(loc="lower left")
     for ax in fig.axes[2:]: ax.set_xlabel("offset from the target (rad per frame)")
     return fig
@@ -294,20 +296,26 @@ def draw_arrow(
     bend: str = "", # "hv": along then up or down, "vh": the other way; "" is straight
     via: tuple = (), # corners in between, instead of `bend`
     line: str = "-", # dash pattern
+    bridge: bool = False, # cut lines that its inner parts cross
 ):
     "An arrow with straight parts and square corners."
     corner = {"": (), "hv": ((end[0], start[1]),), "vh": ((start[0], end[1]),)}[bend]
     points = [start, *(via or corner), end]
+    if bridge: ax.plot(*zip(*points[1:-2]), color="w", lw=4, solid_capstyle="butt")
     ax.plot(*zip(*points[:-1]), color="k", lw=0.8, ls=line, solid_capstyle="butt")
     ax.add_patch(FancyArrowPatch(points[-2], points[-1], arrowstyle="-|>", mutation_scale=6, lw=0.8, ls=line, color="k",
         shrinkA=0, shrinkB=0))
 
 # %% ../nbs/16_figures.ipynb #e7ddab6a
-def canvas(width: float, height: float, units: tuple = (100, 50)) -> tuple: # figure and axes
+def canvas(
+    width: float, height: float, # inches
+    units: tuple = (100, 50), # width and height in the units of the diagram
+    low: float = 0.0, # y of the lower edge
+) -> tuple: # figure and axes
     "Empty axes without ticks for a diagram, `units` wide and high."
     fig = Figure(figsize=(width, height), layout="none")
     ax = fig.add_axes((0.005, 0.005, 0.99, 0.99))
-    ax.set(xlim=(0, units[0]), ylim=(0, units[1])); ax.axis("off")
+    ax.set(xlim=(0, units[0]), ylim=(low, low + units[1])); ax.axis("off")
     return fig, ax
 
 # %% ../nbs/16_figures.ipynb #d90af42b
@@ -329,17 +337,17 @@ def overview_boxes(ax, n: dict, config: AaSPConfig) -> dict:
     name = "AaPE" if config.patch_embed == "aape" else "patch embedding"
     p = n["params"]
     rows = dict(
-        clip=(1, 23, 11, 10, f"log-mel clip\n{n['F']} x {n['T']}", "data"),
+        clip=(1, 23, 11, 10, f"log-mel clip\n{n['F']} × {n['T']}", "data"),
         views=(15, 38, 13, 10, f"{n['M']} masked views\n{n['visible']} of {n['N']}\npatches kept", "fixed"),
         patch=(32, 38, 11, 10, f"{name}\n{p['patch']}", "ours"),
         vit=(47, 38, 14, 10, f"student ViT\n{n['depth']} blocks, D = {n['D']}\n{p['encoder']} in all", "learned"),
-        tokens=(65, 45, 12, 7, f"{n['visible']} visible tokens\nper view", "data"),
-        head=(81, 45, 8, 7, f"mean, MLP\nz: {n['z']}", "learned"),
-        predictor=(65, 32.5, 13, 9, f"{config.predictor}\npredictor, {p['predictor']}\n{n['queries']} queries", "learned"),
+        tokens=(65, 45, 13, 7, f"{n['visible']} visible tokens\nper view", "data"),
+        head=(80.7, 45, 8.6, 7, f"mean, MLP\nz: {n['z']}", "learned"),
+        predictor=(65, 32.5, 13.8, 9, f"{config.predictor}\npredictor, {p['predictor']}\n{n['queries']} queries", "learned"),
         cls=(65, 22.5, 10, 6, "CLS token", "data"),
         t_patch=(32, 7, 11, 10, f"{name}\nof the teacher", "fixed"),
         t_vit=(47, 7, 14, 10, f"teacher ViT\nall {n['N']} patches", "fixed"),
-        target=(65, 7, 13, 10, f"normalised layers,\naveraged\n{n['N']} x {n['D']}", "fixed"), mean=(82, 8.5, 7, 7, "mean", "fixed"),
+        target=(65, 7, 13.8, 10, f"normalised layers,\naveraged\n{n['N']} × {n['D']}", "fixed"), mean=(82, 8.5, 7, 7, "mean", "fixed"),
         l_con=(92, 45, 7.4, 7, r"$L_{\mathrm{con}}$", "loss"), l_mask=(92, 33.5, 7.4, 7, r"$L_{\mathrm{mask}}$", "loss"),
         l_cls=(92, 22, 7.4, 7, r"$L_{\mathrm{cls}}$", "loss"))
     return {k: draw_box(ax, *v[:5], kind=v[5]) for k, v in rows.items()}
@@ -357,9 +365,9 @@ def draw_overview(
                  "target mean"): arrow(*pair.split())
     arrow("clip", "views", "tl", bend="vh"); arrow("clip", "t_patch", "bl", bend="vh")
     arrow("vit", "tokens", "rl", (0.85, 0.5), via=((63, 46.5), (63, 48.5))); arrow("vit", "cls", "bl", (0.85, 0.5), bend="vh")
-    arrow("tokens", "predictor", "bt", (0.5, 6 / 13)); arrow("predictor", "l_mask")
+    arrow("tokens", "predictor", "bt", (0.5, 6.5 / 13.8)); arrow("predictor", "l_mask")
     arrow("mean", "l_cls", "rb", bend="hv")
-    arrow("target", "l_mask", "rb", (0.8, 0.5), via=((79.5, 15), (79.5, 30.5), (95.7, 30.5)))
+    arrow("target", "l_mask", "rb", (0.8, 0.5), via=((80.3, 15), (80.3, 30.5), (95.7, 30.5)), bridge=True)
     arrow("patch", "t_patch", "bt", line="--"); arrow("vit", "t_vit", "bt", line="--")
     ax.text(45.7, 27, "moving\naverage of\nthe weights", ha="center", va="center", fontsize=6)
     ax.text(54, 4, "no gradient", ha="center", fontsize=6, style="italic")
@@ -387,23 +395,23 @@ def aape_shapes(
 # %% ../nbs/16_figures.ipynb #2d1dcf9e
 def architecture_boxes(ax, embed: AaPE, s: dict) -> dict:
     "The boxes of Figure 3 at their places."
-    size = lambda k: " x ".join(map(str, s[k]))
+    size = lambda k: " × ".join(map(str, s[k]))
     P, L, sblu = embed.patch_size, embed.lambda_encoder, embed.sblu
     million = lambda *m: f"{sum(count_parameters(i) for i in m) / 1e6:.2f}M"
     d = L.reduce.out_features
     rows = dict(
         x=(1, 22, 11, 8, f"log-mel\n{size('x')}", "data"),
-        standard=(15, 38, 14, 9, f"convolution\n{P[0]} x {P[1]}, stride {P[0]} x {P[1]}\n{million(embed.standard)} with positions", "learned"),
+        standard=(14, 38, 15.6, 9, f"convolution\n{P[0]} × {P[1]}, stride {P[0]} × {P[1]}\n{million(embed.standard)} with positions", "learned"),
         tokens=(32, 39, 12, 7, f"standard tokens\n{size('tokens')}", "data"),
-        lam=(47.5, 32.5, 15, 11, f"Lambda Encoder\nlinear to {d}, {len(L.blocks)} blocks,\nlinear, bounds\n{million(L)}", "ours"),
-        rates=(66.5, 34, 13, 8, "decay, frequency\n" + size("alpha"), "data"),
-        hp=(15, 6, 12.5, 9, f"zero-phase\nhigh-pass\n2 x {embed.sblu.highpass_taps} taps", "fixed"),
-        b=(30.5, 6, 11, 9, f"B: grouped 1 x 1\n{size('u')}", "learned"),
-        conv=(45, 5, 17, 11, f"adaptive convolution\ntwo-sided, K = {sblu.kernel['kernel_size']}\nmagnitude x gain\n{size('u')}", "ours"),
-        c=(65.5, 6, 13, 9, f"C: grouped 1 x 1\n{size('c')}\nGroupNorm ({sblu.rows})", "learned"),
+        lam=(47.5, 32.5, 16, 11, f"Lambda Encoder\nlinear to {d}, {len(L.blocks)} blocks,\nlinear, bounds\n{million(L)}", "ours"),
+        rates=(67, 34, 13, 8, "decay, frequency\n" + size("alpha"), "data"),
+        hp=(15, 6, 12.5, 9, f"zero-phase\nhigh-pass\n2 × {embed.sblu.highpass_taps} taps", "fixed"),
+        b=(30.2, 6, 12, 9, f"B: grouped 1 × 1\n{size('u')}", "learned"),
+        conv=(45, 5, 17, 11, f"adaptive convolution\ntwo-sided, K = {sblu.kernel['kernel_size']}\nmagnitude × gain\n{size('u')}", "ours"),
+        c=(65.5, 6, 13, 9, f"C: grouped 1 × 1\n{size('c')}\nGroupNorm ({sblu.rows})", "learned"),
         pool=(82, 6, 13, 9, f"depthwise\nkernel, stride {P[1]}\n{million(sblu)} in all", "learned"),
         aliasing=(82, 19.5, 13, 7, f"aliasing tokens\n{size('aliasing')}", "data"),
-        fusion=(82, 35.5, 13, 11, f"LayerNorm each,\nconcatenate, linear\n{million(embed.fusion)}", "ours"),
+        fusion=(81.6, 35.5, 13.8, 11, f"LayerNorm each,\nconcatenate, linear\n{million(embed.fusion)}", "ours"),
         fused=(82, 49.5, 13, 6, f"AaPE tokens\n{size('fused')}", "data"))
     return {k: draw_box(ax, *v[:5], kind=v[5], size=6.0) for k, v in rows.items()}
 
@@ -414,14 +422,14 @@ def draw_architecture(
 ) -> Figure:
     "Figure 3: the aliasing-aware patch embedding with the shapes of its tensors and the sizes of its parts."
     embed = embed or build_patch_embed(AaSPConfig.preset("base"))
-    fig, ax = canvas(7.1, 3.9, (97, 56))
+    fig, ax = canvas(7.1, 3.6, (97, 52.5), 3.5)
     b = architecture_boxes(ax, embed, aape_shapes(embed, frames))
     arrow = lambda a, z, sides="rl", at=(0.5, 0.5), **kw: draw_arrow(ax, port(b[a], sides[0], at[0]), port(b[z], sides[1], at[1]), **kw)
     for pair in ("standard tokens", "lam rates", "hp b", "b conv", "conv c", "c pool"): arrow(*pair.split())
     for pair in ("pool aliasing", "aliasing fusion", "fusion fused"): arrow(*pair.split(), "tb")
     arrow("x", "standard", "tl", bend="vh"); arrow("x", "hp", "bl", bend="vh")
     arrow("tokens", "fusion", "rl", (6 / 7, 9.5 / 11)); arrow("tokens", "lam", "bl", (0.55, 0.3), bend="vh")
-    arrow("rates", "conv", "bt", (0.2, 0.8), via=((69.1, 25), (58.6, 25)))
+    arrow("rates", "conv", "bt", (0.2, 0.8), via=((69.6, 25), (58.6, 25)))
     ax.text(47, 33.5, "+ positions", fontsize=6, ha="right")
     return fig
 
@@ -487,7 +495,7 @@ def draw_patch_parameters(
     ticks = np.arange(0, alpha.shape[2] + 1, max(1, alpha.shape[2] // 8))
     for ax in axes[:2, 0]: ax.set(xticks=ticks, xticklabels=[])
     axes[2, 0].set(xlabel="time (s)", xticks=ticks, xticklabels=[f"{t * T / alpha.shape[2] / frame_rate:.2f}" for t in ticks])
-    axes[1, 0].legend(loc="upper right")
+    axes[1, 0].legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
     return fig
 
 # %% ../nbs/16_figures.ipynb #59ed56b4
