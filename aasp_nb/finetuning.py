@@ -852,9 +852,10 @@ def record_results(
 
 # %% ../nbs/12_finetuning.ipynb #f0e17ccb
 def hours_heard(
-    checkpoint: str | Path,  # run folder of pre-training, or its folder `encoder`
+    checkpoint: str | Path,  # run folder of pre-training, its folder `encoder`, or "untrained"
 ) -> float | None:  # hours of audio, every crop counted each time; None where no run says
     "Hours of audio that pre-training has heard: steps times clips per step times length of a crop."
+    if str(checkpoint) == "untrained": return 0.0
     for file in (Path(checkpoint).expanduser() / "results.json", Path(checkpoint).expanduser().parent / "results.json"):
         try: r = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError): continue
