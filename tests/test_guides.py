@@ -5,7 +5,7 @@ where it stands, so a solution that is wrong fails the test."""
 import hashlib
 import os
 import re
-import time
+import resource
 from pathlib import Path
 
 import nbformat
@@ -14,20 +14,40 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
-OUT = "{out}"  # replaced by a fresh folder
 
-# parameters of each notebook in its reduced setting; a notebook that is missing here runs as it stands
+# Parameters of each notebook in its reduced setting; every notebook has a row. {out}, {clips}, {home}: fresh folders, the
+# second with generated clips, the last the notebook's AASP_HOME.
+TINY = dict(steps=2, batch_size=4, views=2)
 REDUCED = {
-    "runs/figures.ipynb": dict(out_dir=OUT, preset="tiny"),
+    "runs/ablations.ipynb": dict(data="{clips}", labelled="{clips}", tables="VII", steps=2, probe_steps=5, keep_runs=False,
+                                 overrides='{"batch_size": 4, "views": 2, "depth": 1, "embed_dim": 48}', device="cpu"),
+    "runs/bench_sblu.ipynb": dict(batch=1, channels=8, frames=64, kernel_sizes="31", threads=1, rounds=1, seconds=0.2,
+                                  compile_reference=False, out_dir="{out}"),
+    "runs/compare_runs.ipynb": dict(table="{home}/table.csv"),
+    "runs/demo.ipynb": dict(out="{out}", per_class=6, probe_steps=20, seeds="0", threads=1, **TINY),
+    "runs/figures.ipynb": dict(out_dir="{out}", preset="tiny"),
+    "runs/finetune.ipynb": dict(data="{clips}", preset="esc50", frames="64", steps="2", batch_size="4", evaluations="1",
+                                seeds="0", device="cpu", cache="False"),
+    "runs/linear_probe.ipynb": dict(data="{clips}", checkpoint="modulation", steps=20, seeds="0"),
+    "runs/pretrain.ipynb": dict(data="{clips}", depth=1, warmup_steps=1, device="cpu", cache="False", **TINY),
+    "runs/tables.ipynb": dict(out="{out}"),
+    "runs/train_demo_checkpoint.ipynb": dict(out="{out}", work="{home}", per_class=2, seconds=2.1, **TINY),
+    "dashboards/ablations.ipynb": dict(picture="{home}/a.png"),
+    "dashboards/alias_lab.ipynb": dict(picture="{home}/a.png"),
+    "dashboards/patch_parameters.ipynb": dict(picture="{home}/a.png"),
+    "dashboards/windows.ipynb": dict(picture="{home}/a.png"),
     "lessons/01_aliasing.ipynb": dict(),
     "lessons/02_windows_and_gradients.ipynb": dict(),
     "lessons/03_sblu_by_hand.ipynb": dict(),
+    "lessons/04_inside_aape.ipynb": dict(),
+    "lessons/05_pretraining_in_five_minutes.ipynb": dict(steps=6),
 }
-# what another test file executes already, or what takes longer than a test may: run with --full only
-ELSEWHERE = {"runs/bench_sblu.ipynb", "runs/train_demo_checkpoint.ipynb"}
-# in `make test`; the rest with --full
-QUICK = {"runs/figures.ipynb", "lessons/01_aliasing.ipynb", "lessons/03_sblu_by_hand.ipynb"}
-SECONDS = 180  # a notebook that takes longer is a failure: lessons are meant for 60 s on two idle cores
+# What `make test` runs here; the rest runs here with --full. BY_OTHERS: run in `make test` by another test, named.
+QUICK = {"runs/compare_runs.ipynb", "dashboards/alias_lab.ipynb", "lessons/01_aliasing.ipynb", "lessons/03_sblu_by_hand.ipynb"}
+BY_OTHERS = {"runs/figures.ipynb": "test_guides.py", "runs/finetune.ipynb": "test_finetuning.py",
+             "runs/linear_probe.ipynb": "test_probing.py", "runs/pretrain.ipynb": "test_training.py",
+             "dashboards/ablations.ipynb": "test_dashboards.py", "dashboards/windows.ipynb": "test_dashboards.py"}
+SECONDS = 120  # processor time of a lesson with its solutions; lessons are meant for 60 s on two idle cores
 
 FOLDERS = ("runs", "dashboards", "lessons")
 GUIDES = sorted(str(p.relative_to(NBS)) for f in FOLDERS for p in (NBS / f).glob("*.ipynb"))
@@ -55,20 +75,36 @@ def with_solutions(source: Path, target: Path) -> int:
     return count
 
 
+def prepare(name: str, home: Path) -> None:
+    "What a notebook reads that other notebooks write: two short runs, a table of results."
+    from aasp_nb.clips import write_clips
+    write_clips(home / "clips", per_class=6, seed=0, seconds=0.5)
+    if name in ("runs/compare_runs.ipynb", "runs/tables.ipynb"):
+        from aasp_nb.pretraining import AaSPConfig
+        from aasp_nb.training import pretrain
+        for i, lr in enumerate((1e-3, 2e-3) if "compare" in name else ()):
+            small = AaSPConfig.preset("tiny", depth=1, warmup_steps=1, crop_seconds=0.5, n_frames=None, lr=lr, **TINY)
+            pretrain(small, home / "clips", home / "runs" / f"run{i}", device="cpu", workers=0, log_every=1, progress="none")
+
+
 def execute(name: str, tmp: Path, **parameters) -> tuple[nbformat.NotebookNode, float]:
-    "Run a notebook from an unrelated folder, its own AASP_HOME; the executed notebook and the seconds it took."
-    values = {k: str(tmp / "out") if v == OUT else v for k, v in {**REDUCED.get(name, {}), **parameters}.items()}
-    source, home = tmp / "source.ipynb", os.environ.get("AASP_HOME")
+    "Run a notebook from an unrelated folder, its own AASP_HOME; the executed notebook and its processor time in seconds."
+    home, source, before = tmp / "home", tmp / "source.ipynb", os.environ.get("AASP_HOME")
+    places = {"{out}": str(tmp / "out"), "{clips}": str(home / "clips"), "{home}": str(home)}
+    fill = lambda v: re.sub(r"\{(out|clips|home)\}", lambda m: places[m[0]], v) if isinstance(v, str) else v
+    values = {k: fill(v) for k, v in {**REDUCED[name], **parameters}.items()}
     with_solutions(NBS / name, source)
-    os.environ["AASP_HOME"] = str(tmp / "home")
-    start = time.time()
+    os.environ["AASP_HOME"] = str(home)
+    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    start = spent()
     try:
+        if name.startswith("runs/") and name != "runs/figures.ipynb": prepare(name, home)
         done = papermill.execute_notebook(source, tmp / "done.ipynb", values, cwd=tmp, progress_bar=False,
                                           kernel_name="python3", store_widget_state=False)
     finally:
-        if home is None: del os.environ["AASP_HOME"]
-        else: os.environ["AASP_HOME"] = home
-    return done, time.time() - start
+        if before is None: del os.environ["AASP_HOME"]
+        else: os.environ["AASP_HOME"] = before
+    return done, spent() - start
 
 
 def outputs(nb) -> list:
@@ -77,13 +113,22 @@ def outputs(nb) -> list:
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_notebook_executes(name, tmp_path, request):
-    full = request.config.getoption("--full")
-    if name in ELSEWHERE and not full: pytest.skip(f"SKIPPED: {name} is long or run by another test, use --full")
-    if name not in QUICK and not full: pytest.skip(f"SKIPPED: {name} runs with --full (make test-full)")
+    if name not in QUICK and not request.config.getoption("--full"):
+        where = f"in {BY_OTHERS[name]}, and here" if name in BY_OTHERS else "here"
+        pytest.skip(f"SKIPPED: {name} runs {where} with --full (make test-full)")
     nb, seconds = execute(name, tmp_path)
+    print(f"{name}: {seconds:.0f} s of processor time")
     assert not [o for o in outputs(nb) if o.output_type == "error"]
     assert (tmp_path / "done.ipynb").stat().st_size < 2_000_000, "an executed notebook must stay under 2 MB"
-    if name.startswith("lessons/"): assert seconds < SECONDS
+    if name.startswith("lessons/"): assert 0 < seconds < SECONDS
+    if "picture" in REDUCED[name]: assert (tmp_path / "home" / "a.png").stat().st_size > 10_000
+
+
+def test_every_notebook_is_named():
+    "No notebook of the three kinds is left out, and none is named that does not exist."
+    assert sorted(REDUCED) == GUIDES and {*QUICK, *BY_OTHERS} <= {*REDUCED} and not QUICK & {*BY_OTHERS}
+    for name, test in BY_OTHERS.items():
+        assert Path(name).stem in (ROOT / "tests" / test).read_text(encoding="utf-8"), f"{test} does not mention {name}"
 
 
 @pytest.mark.parametrize("name", LESSONS)
@@ -103,12 +148,8 @@ def test_lesson_keeps_its_promises(name):
     assert tags.count("parameters") == 1 and re.search(r"^clip = ", code, re.M)
 
 
-def test_tables_name_notebooks_that_exist():
-    assert not [n for n in {*REDUCED, *QUICK} if not (NBS / n).exists()]
-
-
 def test_figures_are_the_same_bytes_again(tmp_path):
-    "Two runs of the figures notebook with one seed write the same bytes; another seed changes what is drawn from it."
+    "Two runs of the figures notebook with one seed write the same bytes, each with its caption."
     made = []
     for i in range(2):
         folder = tmp_path / str(i); folder.mkdir()
