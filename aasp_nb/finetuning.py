@@ -37,8 +37,8 @@ from .benchmarks import append_results, score
 from .data import (AudioDataset, FileReader, Manifest, ManifestError, dataset_statistics, eval_loader,
                           train_loader, valid_frames)
 from .patch_embed import init_linear
-from .pretraining import (AaSPConfig, ConfigError, Table, build_encoder, build_logmel, coerce, option, refuse_unknown,
-                                 require)
+from .pretraining import (AaSPConfig, ConfigError, Table, build_encoder, build_logmel, coerce, option,
+                                 refuse_unknown, require)
 from .training import (CheckpointError, FrontEnd, Guard, Learner, RunDir, RunError, TrainingError, check_same,
                               cosine_warmup, describe_data, environment, fit, load_encoder, param_groups, pick_device,
                               prepare_data, read_metrics, restore, save_encoder, step_generator, write_json)

@@ -1,5 +1,7 @@
 """The linear-probe notebook under papermill, a trained checkpoint as its input, and real audio where there is some."""
+import csv
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -11,10 +13,30 @@ from aasp_nb.benchmarks import read_results
 from aasp_nb.clips import write_clips
 from aasp_nb.data import Manifest
 from aasp_nb.pretraining import AaSPConfig, build_encoder
-from aasp_nb.probing import ProbeConfig, open_model, probe_summary, run_probe
+from aasp_nb.probing import ProbeConfig, open_model, probe_preset, probe_summary, run_probe
 from aasp_nb.training import save_encoder
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs" / "runs" / "linear_probe.ipynb"
+
+
+TABLE_2 = dict(us8k=(8000, 128), nsynth=(50_000, 512), cremad=(50_000, 16))  # steps, clips per step, as printed
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_table_2(name):
+    config = probe_preset(name)
+    assert (config.steps, config.batch_size) == TABLE_2[name] and config.protocol == "paper"
+    assert (config.schedule, config.weight_decay, config.lr, len(config.seeds)) == ("cosine", 0.0, 1e-3, 3)
+
+
+@pytest.mark.skipif("AASP_PAPER" not in os.environ, reason="AASP_PAPER (folder of the paper's tables) is not set")
+def test_copies_equal_the_table():
+    with open(Path(os.environ["AASP_PAPER"]) / "table2_linear_probing.csv", newline="") as f:
+        rows = {r["hyperparameter"]: r for r in csv.DictReader(f)}
+    for name, (steps, batch) in TABLE_2.items():
+        config = probe_preset(name)
+        assert (float(rows["training_steps"][name]), float(rows["batch_size"][name])) == (steps, batch)
+        assert float(rows["peak_lr"][name]) == config.lr and float(rows["weight_decay"][name]) == config.weight_decay
 
 
 @pytest.fixture
@@ -70,6 +92,23 @@ def test_teacher_and_student_are_told_apart(tmp_path):
     config = AaSPConfig.preset("tiny", depth=1)
     saved = save_encoder(build_encoder(config), config, tmp_path / "model")
     with pytest.raises(ValueError, match="teacher"): open_model(saved, which="pupil")
+
+
+def test_features_are_cached_by_weights_data_and_settings(tmp_path):
+    "The same question again computes nothing; another checkpoint, other clips or another setting do."
+    from aasp_nb.probing import model_features
+    m = Manifest.open(write_clips(tmp_path / "clips", per_class=2, seed=0, seconds=0.3))
+    model, cache = open_model("untrained", depth=1), tmp_path / "cache"
+    count = lambda: len(list(cache.glob("*.safetensors")))
+    first, _ = model_features(model, m, normalization="checkpoint", cache=cache)
+    again, _ = model_features(model, m, normalization="checkpoint", cache=cache)
+    assert count() == 1 and np.array_equal(first, again)
+    others = (dict(model=open_model("untrained", seed=1, depth=1)), dict(manifest=m.take(range(5))), dict(frames=48),
+              dict(long="windows"), dict(pooling="frequency"))
+    for k, change in enumerate(others):
+        model_features(**{**dict(model=model, manifest=m, normalization="checkpoint", cache=cache), **change})
+        assert count() == 2 + k, change
+    assert model_features(model, m, pooling="frequency", cache=cache)[0].shape == (len(m), 8 * 192)
 
 
 def test_folds_and_split_agree_on_what_is_tested(tmp_path):
