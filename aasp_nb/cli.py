@@ -213,6 +213,16 @@ def _params(args) -> int:
     for p in declared(find_notebook(args.notebook)).values(): print(f"{p['name']:22}{p['default']:12}  {p['help']}")
     return FINISHED
 
+def _fetch(args) -> int:
+    "Download a benchmark from its official place."
+    from aasp_nb.benchmarks import fetch_dataset
+    return fetch_dataset(args.name, args.root) and FINISHED
+
+def _shards(args) -> int:
+    "Pack a folder or manifest of audio into tar shards; the same command goes on after a kill."
+    from aasp_nb.shards import make_shards
+    return print(make_shards(args.data, args.out, args.clips, args.sr)) or FINISHED
+
 def _slurm(args) -> int:
     "Print a Slurm script that runs a notebook, and again after every time limit."
     check_parameters(find_notebook(args.notebook), _given(args))
@@ -220,6 +230,17 @@ def _slurm(args) -> int:
     return FINISHED
 
 # %% ../nbs/20_cli.ipynb #a42dee7a
+def _data_commands(commands):
+    "Add `aasp fetch` and `aasp shards`."
+    fetch, shards = (commands.add_parser(n, help=f.__doc__, description=f.__doc__) for n, f in (("fetch", _fetch), ("shards", _shards)))
+    fetch.set_defaults(function=_fetch), shards.set_defaults(function=_shards)
+    fetch.add_argument("name", help="benchmark, for instance esc50")
+    fetch.add_argument("root", nargs="?", help="folder for data sets (default: AASP_HOME/data)")
+    shards.add_argument("data", help="folder of audio, or a manifest")
+    shards.add_argument("out", help="folder for the tars and their index")
+    shards.add_argument("--clips", type=int, default=1000, help="clips in a tar")
+    shards.add_argument("--sr", type=int, help="store mono 16-bit FLAC of this rate instead of the files as they are")
+
 def _parser() -> argparse.ArgumentParser:
     "The command line of `aasp`."
     parser = argparse.ArgumentParser("aasp", description="Run notebooks of aasp_nb.")
@@ -239,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument("--array", help="tasks, for instance 0-4; {task} in a parameter or in OUT is the task's number")
     slurm.add_argument("--time", default="24:00:00", help="time limit of a job")
     slurm.add_argument("--sbatch", action="append", help="a further #SBATCH line, for instance --sbatch=--gres=gpu:1")
+    _data_commands(commands)
     return parser
 
 # %% ../nbs/20_cli.ipynb #ef0de551
@@ -248,9 +270,10 @@ def main(
     "The `aasp` command."
     args = _parser().parse_args(argv)
     try: return args.function(args)
-    except UsageError as e:
+    except ValueError as e:                 # UsageError, and what the data modules raise
+        if not isinstance(e, UsageError) and args.function not in (_fetch, _shards): raise
         print(f"aasp: {e}", file=sys.stderr, flush=True)
-        return USAGE
+        return USAGE if isinstance(e, UsageError) else FAILED
 
 # %% ../nbs/20_cli.ipynb #f489fb9b
 _SCRIPT = """#!/bin/bash

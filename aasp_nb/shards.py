@@ -6,7 +6,7 @@
 __all__ = ['read_tar', 'index_tars', 'damaged_tars', 'make_shards']
 
 # %% ../nbs/09a_shards.ipynb #ba6dbcb2
-import contextlib, fcntl, hashlib, io, json, os, tarfile, threading, time
+import contextlib, fcntl, hashlib, io, json, os, shutil, tarfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -212,10 +212,10 @@ def _one_shard(
     manifest: Manifest,  # clips
     rows: range,  # of this tar
     sr: int | None,  # see `make_shards`
+    digest: str,  # of what goes in
 ) -> tuple:  # (record of the tar, was it there already?)
     "Write a tar unless it is there, whole and made of the same clips."
     path, note = out / f"shard-{number:06d}.tar", out / ".notes" / f"{number:06d}.json"
-    digest = _note(manifest, rows, sr)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         have = json.loads(note.read_text())
         if have["note"] == digest and path.stat().st_size == have["tar"]["bytes"]: return have["tar"], True
@@ -261,14 +261,18 @@ def make_shards(
     if clips_per_shard < 1: raise ManifestError(f"clips_per_shard must be at least 1, got {clips_per_shard}")
     if out == manifest.root and "shard" in manifest: raise ManifestError("shards cannot be cut anew in their own folder")
     missing, size = _missing(manifest)
+    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
+    if not sr and size > free and not list(out.glob("*.tar")):
+        raise ManifestError(f"the clips have {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free for {out}: free space or choose another")
     if missing and not allow_missing:
         raise ManifestError(f"{len(missing):,} of {len(manifest):,} files are missing or empty, as {', '.join(missing[:3])}: "
                             "complete the data, or pass allow_missing=True")
     parts = [range(a, min(a + clips_per_shard, len(manifest))) for a in range(0, len(manifest), clips_per_shard)]
     with _room_for(out), _alone(out):
-        plan = hashlib.sha256("".join(_note(manifest, p, sr) for p in parts).encode()).hexdigest()
+        notes = [_note(manifest, p, sr) for p in parts]
+        plan = hashlib.sha256("".join(notes).encode()).hexdigest()
         if _is_made(out, plan): return Manifest.from_shards(out)
-        tars = _write_all(out, manifest, parts, sr, workers, size, progress)
+        tars = _write_all(out, manifest, parts, notes, sr, workers, progress)
         names = [c for c in manifest.columns if c != "shard"] + ["shard"]
         made = _finish(out, tars, (r for t in tars for r in read_tar(out / t["name"])), names, plan)
         if len(made) != len(manifest): raise ManifestError(f"{out}: {len(made)} of {len(manifest)} clips; endings other than "
@@ -300,15 +304,16 @@ def _write_all(
     out: Path,  # folder
     manifest: Manifest,  # clips
     parts: list,  # ranges of rows, one a tar
+    notes: list,  # digests of what goes into each
     sr: int | None,  # see `make_shards`
     workers: int,  # threads
-    size: int,  # bytes of all clips, for the estimate
     progress,  # gets a line now and then
 ) -> list:  # records of the tars, in order
     "Write all tars that are not there yet."
     tars, clips, fresh, begin, said = [], 0, 0, time.monotonic(), 0.0
     with ThreadPoolExecutor(max(1, workers)) as pool, \
-         contextlib.closing(ahead(pool, lambda k: _one_shard(out, k, manifest, parts[k], sr), range(len(parts)), workers)) as results:
+         contextlib.closing(ahead(pool, lambda k: _one_shard(out, k, manifest, parts[k], sr, notes[k]), range(len(parts)),
+                                  workers)) as results:
         for tar, there in results:
             tars.append(tar)
             clips, fresh, now = clips + tar["clips"], fresh + (0 if there else tar["clips"]), time.monotonic() - begin
