@@ -4,28 +4,30 @@
 
 # %% auto #0
 __all__ = ['LANES', 'STEP', 'POWER_RE', 'POWER_IM', 'SLOPE_RE', 'SLOPE_IM', 'LAST_RE', 'LAST_IM', 'GAIN', 'GAIN_ALPHA',
-           'GAIN_BETA', 'TABLE_ROWS', 'ALPHA', 'BETA', 'EXP', 'SIN', 'COS', 'FINAL', 'SQUARE', 'WORK_RE', 'WORK_IM',
-           'WORK_ROWS', 'workers', 'compile_lock', 'GPU_BLOCK', 'GPU_PROGRAMS', 'BACKENDS', 'window_sums',
-           'adjoint_sums', 'window_sums_direct', 'adjoint_sums_direct', 'patch_forward', 'gain_gradients',
-           'patch_backward', 'patch_windows', 'guarded_forward', 'guarded_backward', 'torch_forward', 'torch_backward',
-           'compiled', 'inlined', 'lane_exp', 'lane_sincos', 'lane_product', 'last_power', 'lane_powers', 'lane_slopes',
-           'lane_gains', 'load_tile', 'store_tile', 'horner_step', 'horner_step_back', 'first_window', 'slope_step',
-           'slope_step_back', 'first_slopes', 'slide', 'slide_slopes', 'not_finite', 'magnitudes', 'frame_gradients',
-           'turn', 'quiet_stretch', 'adjoint_enter', 'adjoint_leave', 'adjoint_slide', 'direct_taps', 'direct_sums',
-           'direct_outputs', 'direct_gradients', 'cpu_forward', 'patch_gradients', 'cpu_backward', 'WorkerPool',
-           'ready_kernel', 'numba_call', 'jit', 'lane_row', 'lane_sample', 'lane_power', 'lane_gain', 'lane_size',
-           'lane_direct', 'gpu_forward', 'gpu_slide_left', 'gpu_gradients', 'gpu_adjoint', 'gpu_direct_backward',
-           'gpu_backward', 'triton_launch', 'triton_forward', 'triton_backward', 'all_tokens', 'visible_tokens',
-           'last_backend', 'use_backend', 'asked_backend', 'pick_backend', 'working', 'adaptive_sblu_op',
-           'dense_geometry', 'adaptive_sblu_backward_op', 'save_dense', 'dense_gradients', 'no_vmap', 'adaptive_sblu',
-           'gather_windows', 'patches_direct', 'torch_patches_backward', 'sparse_geometry', 'check_index',
-           'sblu_patches_op', 'sblu_patches_backward_op', 'save_sparse', 'sparse_gradients', 'check_patches',
-           'sblu_patches']
+           'GAIN_BETA', 'TABLE_ROWS', 'square_root', 'absolute', 'floor', 'workers', 'compile_lock', 'ready_kernels',
+           'GPU_BLOCK', 'GPU_PROGRAMS', 'BACKENDS', 'window_sums', 'adjoint_sums', 'window_sums_direct',
+           'adjoint_sums_direct', 'patch_forward', 'gain_gradients', 'patch_backward', 'patch_windows',
+           'guarded_forward', 'guarded_backward', 'torch_forward', 'torch_backward', 'compiled', 'inlined', 'Row',
+           'row_vector', 'row_op', 'row_pointer', 'get_row', 'put_row', 'spread', 'fill_row', 'overload_arithmetic',
+           'row_function', 'where_less', 'two_to', 'row_sum', 'transpose_block', 'load_tile', 'store_tile', 'row_exp',
+           'row_sincos', 'product', 'row_power', 'put_complex', 'put_powers', 'put_gains', 'patch_table',
+           'first_windows', 'slope_block', 'slope_turn', 'first_slopes', 'slide', 'slope_slide', 'slide_slopes',
+           'magnitude', 'magnitudes', 'phasor', 'frame_gradients', 'turn_state', 'leave_state', 'add_row',
+           'adjoint_inside', 'adjoint_quiet', 'adjoint_slide', 'direct_frame', 'direct_outputs', 'direct_gradients',
+           'cpu_forward', 'patch_gradients', 'cpu_backward', 'WorkerPool', 'ready_kernel', 'numba_call', 'jit',
+           'lane_row', 'lane_sample', 'lane_power', 'lane_gain', 'lane_size', 'lane_direct', 'gpu_forward',
+           'gpu_slide_left', 'gpu_gradients', 'gpu_adjoint', 'gpu_direct_backward', 'gpu_backward', 'triton_launch',
+           'triton_forward', 'triton_backward', 'all_tokens', 'visible_tokens', 'last_backend', 'use_backend',
+           'asked_backend', 'pick_backend', 'working', 'adaptive_sblu_op', 'dense_geometry',
+           'adaptive_sblu_backward_op', 'save_dense', 'dense_gradients', 'no_vmap', 'adaptive_sblu', 'gather_windows',
+           'patches_direct', 'torch_patches_backward', 'sparse_geometry', 'check_index', 'sblu_patches_op',
+           'sblu_patches_backward_op', 'save_sparse', 'sparse_gradients', 'check_patches', 'sblu_patches']
 
 # %% ../nbs/02a_sblu_ops.ipynb #de97563e
 import atexit
 import contextlib
 import math
+import operator
 import os
 import sys
 import threading
@@ -38,7 +40,10 @@ from torch.nn import functional as F
 from .sblu import check_kernel_size, check_sblu, sblu_gain, sblu_reference
 
 # %% ../nbs/02a_sblu_ops.ipynb #d744a579
-try: import numba
+try:
+    import numba
+    import numba.core.cgutils, numba.extending, numba.np.arrayobj
+    from llvmlite import ir
 except ImportError: numba = None
 try:
     import triton
@@ -168,7 +173,7 @@ def torch_backward(dy, u, alpha, beta, c, delta, phase):
     du = u.new_zeros(*u.shape[:2], T + 2 * c).index_add_(2, places, dx.flatten(2))
     return du[..., c:c + T].contiguous(), da, db
 
-# %% ../nbs/02a_sblu_ops.ipynb #ef808058
+# %% ../nbs/02a_sblu_ops.ipynb #54b8c366
 LANES, STEP = 16, 8  # channels done at once; samples per step of Horner's rule
 # rows (of LANES numbers) in the table of a patch: r^0 .. r^STEP, j r^j for j < STEP, r^(c+1), the gain and its derivatives
 POWER_RE, POWER_IM = 0, STEP + 1
@@ -176,572 +181,606 @@ SLOPE_RE, SLOPE_IM = 2 * STEP + 2, 3 * STEP + 2
 LAST_RE, LAST_IM = 4 * STEP + 2, 4 * STEP + 3
 GAIN, GAIN_ALPHA, GAIN_BETA = 4 * STEP + 4, 4 * STEP + 5, 4 * STEP + 6
 TABLE_ROWS = 4 * STEP + 7
-# rows of the float64 work space: alpha, beta, exp(delta alpha / 2), sin and cos(delta beta / 2), r^(c+1), a square, powers
-ALPHA, BETA, EXP, SIN, COS, FINAL, SQUARE = 0, 1, 2, 3, 4, 5, 7
-WORK_RE, WORK_IM, WORK_ROWS = 9, 10 + STEP, 11 + 2 * STEP
 
-# %% ../nbs/02a_sblu_ops.ipynb #4d24460d
-def compiled(function, inline="never"):
+# %% ../nbs/02a_sblu_ops.ipynb #2f819d89
+def compiled(function, **more):
     "Compile by numba, releasing the interpreter lock; cached on disk where that is possible; unchanged without numba."
     if numba is None: return function
-    options = dict(nogil=True, fastmath={"contract"}, error_model="numpy", inline=inline)
+    options = dict(nogil=True, fastmath={"contract"}, error_model="numpy", **more)
     try: return numba.njit(cache=True, **options)(function)
     except RuntimeError: return numba.njit(**options)(function)  # source without a file, or nowhere to write
 
 def inlined(function):
-    "`compiled`, and copied into its callers."
-    return compiled(function, "always")
+    "`compiled`, and always put into its callers."
+    return compiled(function, forceinline=True)
 
-# %% ../nbs/02a_sblu_ops.ipynb #a6315253
-@compiled
-def lane_exp(work, bits, power, scale):
-    "work[EXP] = exp(scale * work[ALPHA]), argument held to +-700; `power` is `bits` viewed as float64."
-    magic = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to a whole number kept in the low bits
-    for l in range(LANES):
-        x = work[ALPHA * LANES + l] * scale
-        x = 700.0 if x > 700.0 else (-700.0 if x < -700.0 else x)
-        n = x * 1.4426950408889634 + magic
-        power[l] = n
-        n -= magic
-        f = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10
-        p = 1.0 + f * (1.0 / 13)
-        for j in range(12): p = 1.0 + f * p * (1.0 / (12 - j))
-        work[EXP * LANES + l] = p
-    for l in range(LANES): bits[l] = (bits[l] + 1023) << 52
-    for l in range(LANES): work[EXP * LANES + l] *= power[l]
+# %% ../nbs/02a_sblu_ops.ipynb #cd46ae0b
+class Row(numba.types.Type if numba else object):
+    "numba's type of a vector of LANES numbers."
+    def __init__(self, element):
+        self.element = element
+        super().__init__(name=f"Row({element})")
 
-# %% ../nbs/02a_sblu_ops.ipynb #a11de60c
-@compiled
-def lane_sincos(work, scale):
-    "work[SIN], work[COS] = sine, cosine of scale * work[BETA]; rows of LANES."
-    for l in range(LANES):
-        x = work[BETA * LANES + l] * scale
-        n = math.floor(x * 0.6366197723675814 + 0.5)
-        f = ((x - n * 1.5707963267341256) - n * 6.077100506303966e-11) - n * 2.0222662487959506e-21
-        z, s, c = f * f, 1.0, 1.0
-        for j in range(8): s = 1.0 - z * s * (1.0 / ((16 - 2 * j) * (17 - 2 * j)))
-        for j in range(8): c = 1.0 - z * c * (1.0 / ((16 - 2 * j) * (15 - 2 * j)))
-        s = s * f
-        quarter = n - 4 * math.floor(n * 0.25)
-        odd = quarter == 1 or quarter == 3
-        sine, cosine = (c if odd else s), (s if odd else c)
-        work[SIN * LANES + l] = -sine if quarter >= 2 else sine
-        work[COS * LANES + l] = -cosine if quarter == 1 or quarter == 2 else cosine
+# %% ../nbs/02a_sblu_ops.ipynb #b5351e80
+def row_vector(context, element):
+    "LLVM's type of a row of numba's number type `element`."
+    return ir.VectorType(context.get_value_type(element), LANES)
 
-# %% ../nbs/02a_sblu_ops.ipynb #e8aa39bb
-@inlined
-def lane_product(work, a, b, to):
-    "Complex rows (re, im one after the other): work[to] = work[a] * work[b]."
-    x, y, z = work[a * LANES:(a + 2) * LANES], work[b * LANES:(b + 2) * LANES], work[to * LANES:(to + 2) * LANES]
-    for l in range(LANES):
-        ar, ai, br, bi = x[l], x[LANES + l], y[l], y[LANES + l]
-        z[l], z[LANES + l] = ar * br - ai * bi, ar * bi + ai * br
+if numba:
+    @numba.extending.register_model(Row)
+    class RowModel(numba.extending.models.PrimitiveModel):
+        "A row is one LLVM vector."
+        def __init__(self, manager, row):
+            super().__init__(manager, row, ir.VectorType(manager.lookup(row.element).get_value_type(), LANES))
 
-# %% ../nbs/02a_sblu_ops.ipynb #923c8d62
-@compiled
-def last_power(count, work):
-    "work[FINAL] = r^count = (r^STEP)^n r^rest, by squaring."
-    n, rest = count // STEP, count % STEP
-    row_re, row_im = work[(WORK_RE + rest) * LANES:(WORK_RE + rest + 1) * LANES], work[(WORK_IM + rest) * LANES:(WORK_IM + rest + 1) * LANES]
-    for l in range(LANES):
-        work[FINAL * LANES + l], work[(FINAL + 1) * LANES + l] = row_re[l], row_im[l]
-        work[SQUARE * LANES + l] = work[(WORK_RE + STEP) * LANES + l]
-        work[(SQUARE + 1) * LANES + l] = work[(WORK_IM + STEP) * LANES + l]
-    while n > 0:
-        if n & 1: lane_product(work, FINAL, SQUARE, FINAL)
-        n >>= 1
-        if n > 0: lane_product(work, SQUARE, SQUARE, SQUARE)
+# %% ../nbs/02a_sblu_ops.ipynb #959a4dfb
+def row_op(rule):
+    "An operation on rows from its rule; without numba the rule itself, never called."
+    return numba.extending.intrinsic(rule) if numba else rule
 
-# %% ../nbs/02a_sblu_ops.ipynb #fe792abc
-@compiled
-def lane_powers(alpha, beta, at, stride, lanes, delta, c, work, bits, power, table):
-    "Fill the powers of r = exp(-delta lam) and r^(c+1) for the lanes' parameters alpha[at + l stride]."
-    for l in range(LANES):
-        k = at + min(l, lanes - 1) * stride
-        work[ALPHA * LANES + l], work[BETA * LANES + l] = alpha[k], beta[k]
-    lane_exp(work, bits, power, delta / 2)
-    lane_sincos(work, delta / 2)
-    for l in range(LANES):
-        e, s, k = 1 / work[EXP * LANES + l], work[SIN * LANES + l], work[COS * LANES + l]
-        work[WORK_RE * LANES + l], work[WORK_IM * LANES + l] = 1, 0
-        work[(WORK_RE + 1) * LANES + l], work[(WORK_IM + 1) * LANES + l] = e * e * (1 - 2 * s * s), -2 * e * e * s * k
-    for l in range(LANES):
-        for j in range(2, STEP + 1):
-            h, k = j // 2, j - j // 2
-            ar, ai = work[(WORK_RE + h) * LANES + l], work[(WORK_IM + h) * LANES + l]
-            br, bi = work[(WORK_RE + k) * LANES + l], work[(WORK_IM + k) * LANES + l]
-            work[(WORK_RE + j) * LANES + l], work[(WORK_IM + j) * LANES + l] = ar * br - ai * bi, ar * bi + ai * br
-    last_power(c + 1, work)
-    powers = work[WORK_RE * LANES:(WORK_IM + STEP + 1) * LANES]
-    for i in range(2 * (STEP + 1) * LANES): table[i] = powers[i] if abs(powers[i]) > 1e-30 else 0.0
-    for l in range(LANES):
-        wr, wi = work[FINAL * LANES + l], work[(FINAL + 1) * LANES + l]
-        table[LAST_RE * LANES + l] = wr if abs(wr) > 1e-30 else 0.0
-        table[LAST_IM * LANES + l] = wi if abs(wi) > 1e-30 else 0.0
+def row_pointer(context, builder, array, data, at):
+    "Address of element `at` of a flat array as that of a row, and its alignment in bytes."
+    start = numba.np.arrayobj.make_array(array)(context, builder, data).data
+    return builder.bitcast(builder.gep(start, [at]), row_vector(context, array.dtype).as_pointer()), array.dtype.bitwidth // 8
 
-# %% ../nbs/02a_sblu_ops.ipynb #53ff9d93
-@compiled
-def lane_slopes(table):
-    "Fill j r^j for j < STEP."
-    for l in range(LANES):
-        for j in range(STEP):
-            table[(SLOPE_RE + j) * LANES + l] = j * table[(POWER_RE + j) * LANES + l]
-            table[(SLOPE_IM + j) * LANES + l] = j * table[(POWER_IM + j) * LANES + l]
+# %% ../nbs/02a_sblu_ops.ipynb #112f80df
+@row_op
+def get_row(typing, array, index):
+    "Row `index` of a flat array."
+    def code(context, builder, signature, args):
+        at = builder.mul(args[1], ir.Constant(args[1].type, LANES))
+        place, align = row_pointer(context, builder, signature.args[0], args[0], at)
+        return builder.load(place, align=align)
+    return Row(array.dtype)(array, numba.types.intp), code
 
-# %% ../nbs/02a_sblu_ops.ipynb #d22fc3c7
-@compiled
-def lane_gains(work, delta, table):
-    "Fill the gain and its two derivatives; call after `lane_powers`."
-    half = delta / 2
-    for l in range(LANES):
-        a, b, e = work[ALPHA * LANES + l], work[BETA * LANES + l], work[EXP * LANES + l]
-        s, k, x = work[SIN * LANES + l], work[COS * LANES + l], work[ALPHA * LANES + l] * half
-        sinh, cosh, z = (e - 1 / e) / 2, (e + 1 / e) / 2, x * x
-        p = 1 + z * (1.0 / 156)
-        for j in range(5): p = 1 + z * p * (1.0 / ((10 - 2 * j) * (11 - 2 * j)))
-        sinh = x * p if abs(x) < 0.5 else sinh  # the difference would cancel
-        small = 1 / max(abs(sinh), abs(s))
-        root = math.sqrt((sinh * small) * (sinh * small) + (s * small) * (s * small))
-        size, lam2 = root / small, a * a + b * b
-        g = 2 * size / math.sqrt(lam2)
-        ga = g * (half * (sinh / size) * (cosh / size) - a / lam2)
-        gb = g * (half * (s / size) * (k / size) - b / lam2)
-        table[GAIN * LANES + l] = g if lam2 > 0 else (delta if lam2 == 0 else lam2)
-        table[GAIN_ALPHA * LANES + l] = 0 if lam2 == 0 else ga
-        table[GAIN_BETA * LANES + l] = 0 if lam2 == 0 else gb
+# %% ../nbs/02a_sblu_ops.ipynb #7b133b64
+@row_op
+def put_row(typing, array, index, value):
+    "array's row `index` = value, in the array's precision."
+    def code(context, builder, signature, args):
+        array, vector = signature.args[0], row_vector(context, signature.args[0].dtype)
+        place, align = row_pointer(context, builder, array, args[0], builder.mul(args[1], ir.Constant(args[1].type, LANES)))
+        have, want = signature.args[2].element.bitwidth, array.dtype.bitwidth
+        row = args[2] if have == want else (builder.fptrunc if have > want else builder.fpext)(args[2], vector)
+        builder.store(row, place, align=align)
+        return context.get_dummy_value()
+    return numba.types.void(array, numba.types.intp, value), code
 
-# %% ../nbs/02a_sblu_ops.ipynb #fbe46521
+# %% ../nbs/02a_sblu_ops.ipynb #8385c081
+def spread(builder, number, vector):
+    "LLVM instructions that put a number into every lane."
+    none = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(none, number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
+
+@row_op
+def fill_row(typing, like, number):
+    "`number` in every lane, in the precision of the array `like`."
+    def code(context, builder, signature, args): return spread(builder, args[1], row_vector(context, like.dtype))
+    return Row(like.dtype)(like, like.dtype), code
+
+# %% ../nbs/02a_sblu_ops.ipynb #1fbb1df4
+def overload_arithmetic(operation, instruction):
+    "Teach numba an operation between rows, or a row and a number."
+    def rule(typing, a, b):
+        row = a if isinstance(a, Row) else b
+        signature = row(*(t if isinstance(t, Row) else row.element for t in (a, b)))
+        def code(context, builder, signature, args):
+            vector = row_vector(context, row.element)
+            x, y = (v if isinstance(t, Row) else spread(builder, v, vector) for v, t in zip(args, signature.args))
+            return getattr(builder, instruction)(x, y, flags=("contract",))
+        return signature, code
+    run = row_op(rule)
+    @numba.extending.overload(operation)
+    def choose(a, b):
+        if isinstance(a, Row) or isinstance(b, Row): return lambda a, b: run(a, b)
+
+if numba:
+    overload_arithmetic(operator.add, "fadd")
+    overload_arithmetic(operator.sub, "fsub")
+    overload_arithmetic(operator.mul, "fmul")
+    overload_arithmetic(operator.truediv, "fdiv")
+
+# %% ../nbs/02a_sblu_ops.ipynb #f218e74c
+def row_function(name):
+    "One of LLVM's functions of one row, lane by lane."
+    def rule(typing, x):
+        def code(context, builder, signature, args):
+            kind = ir.FunctionType(args[0].type, [args[0].type])
+            full = f"llvm.{name}.v{LANES}f{signature.args[0].element.bitwidth}"
+            return builder.call(numba.core.cgutils.get_or_insert_function(builder.module, kind, full), args)
+        return x(x), code
+    return row_op(rule)
+
+square_root, absolute, floor = (row_function(name) for name in ("sqrt", "fabs", "floor"))
+
+# %% ../nbs/02a_sblu_ops.ipynb #6f68abb5
+@row_op
+def where_less(typing, a, b, x, y):
+    "x in the lanes where a < b, else y (also where a or b is NaN)."
+    def code(context, builder, signature, args): return builder.select(builder.fcmp_ordered("<", *args[:2]), *args[2:])
+    return a(a, a, a, a), code
+
+# %% ../nbs/02a_sblu_ops.ipynb #b8006e03
+@row_op
+def two_to(typing, x):
+    "2^n of whole numbers n, given as n + 1.5 * 2^52 in float64: put together from its bits."
+    def code(context, builder, signature, args):
+        bits = ir.VectorType(ir.IntType(64), LANES)
+        exponent = builder.add(builder.bitcast(args[0], bits), ir.Constant(bits, [1023] * LANES))
+        return builder.bitcast(builder.shl(exponent, ir.Constant(bits, [52] * LANES)), args[0].type)
+    return x(x), code
+
+# %% ../nbs/02a_sblu_ops.ipynb #c740abf8
+@row_op
+def row_sum(typing, x):
+    "Sum of the lanes; NaN where any is."
+    def code(context, builder, signature, args):
+        element = args[0].type.element
+        full = f"llvm.vector.reduce.fadd.v{LANES}f{signature.args[0].element.bitwidth}"
+        kind = ir.FunctionType(element, [element, args[0].type])
+        add = numba.core.cgutils.get_or_insert_function(builder.module, kind, full)
+        return builder.call(add, [ir.Constant(element, 0.0), args[0]], fastmath=("reassoc",))
+    return x.element(x), code
+
+# %% ../nbs/02a_sblu_ops.ipynb #f462ccc2
+@row_op
+def transpose_block(typing, source, at, stride, target, to, step):
+    "target[to + i step + j] = source[at + j stride + i] for i, j < LANES."
+    def code(context, builder, signature, args):
+        def places(array, data, at, stride):
+            for l in range(LANES):
+                start = builder.add(at, builder.mul(stride, ir.Constant(at.type, l)))
+                yield row_pointer(context, builder, array, data, start)
+        def mix(a, b, lanes): return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
+        rows = [builder.load(place, align=align) for place, align in places(signature.args[0], *args[:3])]
+        for k in (1, 2, 4, 8):
+            for i in (i for i in range(LANES) if not i & k):
+                a, b = rows[i], rows[i + k]
+                rows[i] = mix(a, b, [LANES + l - k if l & k else l for l in range(LANES)])
+                rows[i + k] = mix(a, b, [LANES + l if l & k else l + k for l in range(LANES)])
+        for row, (place, align) in zip(rows, places(signature.args[3], *args[3:])): builder.store(row, place, align=align)
+        return context.get_dummy_value()
+    whole = numba.types.intp
+    return numba.types.void(source, whole, whole, target, whole, whole), code
+
+# %% ../nbs/02a_sblu_ops.ipynb #cff06ef1
 @compiled
 def load_tile(source, base, stride, lanes, frames, c, tile):
     "tile[(c + t) LANES + l] = source[base + l stride + t]; zeros outside and in unused lanes."
     for i in range(c * LANES): tile[i] = 0
     for i in range((frames + c) * LANES, (frames + 2 * c) * LANES): tile[i] = 0
-    inner = tile[c * LANES:(c + frames) * LANES]
-    if lanes < LANES:
-        for i in range(frames * LANES): inner[i] = 0
+    if lanes < LANES: tile[c * LANES:(frames + c) * LANES] = 0
+    blocks = frames - frames % LANES if lanes == LANES else 0
+    for t in range(0, blocks, LANES): transpose_block(source, base + t, stride, tile, (c + t) * LANES, LANES)
     for l in range(lanes):
-        row = source[base + l * stride:base + l * stride + frames]
-        for t in range(frames): inner[t * LANES + l] = row[t]
+        for t in range(blocks, frames): tile[(c + t) * LANES + l] = source[base + l * stride + t]
 
-# %% ../nbs/02a_sblu_ops.ipynb #bf7ee0d4
+# %% ../nbs/02a_sblu_ops.ipynb #ffa507bb
 @compiled
 def store_tile(tile, target, base, stride, lanes, frames, c):
     "target[base + l stride + t] = tile[(c + t) LANES + l] for the lanes in use."
-    inner = tile[c * LANES:(c + frames) * LANES]
+    blocks = frames - frames % LANES if lanes == LANES else 0
+    for t in range(0, blocks, LANES): transpose_block(tile, (c + t) * LANES, LANES, target, base + t, stride)
     for l in range(lanes):
-        row = target[base + l * stride:base + l * stride + frames]
-        for t in range(frames): row[t] = inner[t * LANES + l]
+        for t in range(blocks, frames): target[base + l * stride + t] = tile[(c + t) * LANES + l]
 
-# %% ../nbs/02a_sblu_ops.ipynb #bd8e8200
-@inlined
-def horner_step(v, table, state):
-    "state = r^STEP state + sum_j r^j v[j] over the STEP rows of v."
-    for l in range(LANES):
-        ar = v[l]
-        ai = ar * 0
-        for j in range(1, STEP):
-            x = v[j * LANES + l]
-            ar += table[(POWER_RE + j) * LANES + l] * x
-            ai += table[(POWER_IM + j) * LANES + l] * x
-        sr, si = state[l], state[LANES + l]
-        pr, pi = table[(POWER_RE + STEP) * LANES + l], table[(POWER_IM + STEP) * LANES + l]
-        state[l] = ar + (pr * sr - pi * si)
-        state[LANES + l] = ai + (pr * si + pi * sr)
-
-# %% ../nbs/02a_sblu_ops.ipynb #689505f8
-@inlined
-def horner_step_back(v, table, state):
-    "`horner_step` with the rows of v taken from the last to the first."
-    for l in range(LANES):
-        ar = v[(STEP - 1) * LANES + l]
-        ai = ar * 0
-        for j in range(1, STEP):
-            x = v[(STEP - 1 - j) * LANES + l]
-            ar += table[(POWER_RE + j) * LANES + l] * x
-            ai += table[(POWER_IM + j) * LANES + l] * x
-        sr, si = state[l], state[LANES + l]
-        pr, pi = table[(POWER_RE + STEP) * LANES + l], table[(POWER_IM + STEP) * LANES + l]
-        state[l] = ar + (pr * sr - pi * si)
-        state[LANES + l] = ai + (pr * si + pi * sr)
-
-# %% ../nbs/02a_sblu_ops.ipynb #031aaf19
+# %% ../nbs/02a_sblu_ops.ipynb #8860e32d
 @compiled
-def first_window(tile, frame, side, taps, sign, table, state):
-    "state (re, im rows) = sum over m < taps of r^m u[frame + side m]; the imaginary part times `sign`."
-    rest, steps = taps % STEP, taps // STEP
-    for i in range(2 * LANES): state[i] = 0
+def row_exp(x):
+    "exp of a float64 row, argument held to +-700."
+    x = where_less(x * 0 + 700.0, x, x * 0 + 700.0, x)
+    x = where_less(x, x * 0 - 700.0, x * 0 - 700.0, x)
+    n = x * 1.4426950408889634 + 6755399441055744.0  # adding 1.5 * 2^52 rounds to a whole number kept in the low bits
+    scale = two_to(n)
+    n = n - 6755399441055744.0
+    f = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10
+    p = 1.0 + f * (1.0 / 13)
+    for j in range(12): p = 1.0 + f * p * (1.0 / (12 - j))
+    return p * scale
+
+# %% ../nbs/02a_sblu_ops.ipynb #59e88585
+@compiled
+def row_sincos(x):
+    "Sine and cosine of a float64 row."
+    n = floor(x * 0.6366197723675814 + 0.5)
+    f = ((x - n * 1.5707963267341256) - n * 6.077100506303966e-11) - n * 2.0222662487959506e-21
+    z, zero = f * f, f * 0
+    s, c = zero + 1.0, zero + 1.0
+    for j in range(8): s = 1.0 - z * s * (1.0 / ((16 - 2 * j) * (17 - 2 * j)))
+    for j in range(8): c = 1.0 - z * c * (1.0 / ((16 - 2 * j) * (15 - 2 * j)))
+    s = s * f
+    quarter = n - 4.0 * floor(n * 0.25)
+    odd = quarter - 2.0 * floor(quarter * 0.5)
+    sine, cosine = where_less(zero, odd, c, s), where_less(zero, odd, s, c)
+    return (where_less(zero + 1.5, quarter, 0.0 - sine, sine),
+            where_less(absolute(quarter - 1.5), zero + 1.0, 0.0 - cosine, cosine))
+
+# %% ../nbs/02a_sblu_ops.ipynb #be55e640
+@inlined
+def product(a, b):
+    "Product of complex rows (re, im)."
+    return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+
+@compiled
+def row_power(r, r8, count):
+    "r^count = (r^STEP)^n r^rest, by squaring."
+    out, n = (r[0] * 0 + 1.0, r[0] * 0), count // STEP
+    for j in range(count % STEP): out = product(out, r)
+    while n > 0:
+        if n & 1: out = product(out, r8)
+        n, r8 = n >> 1, product(r8, r8)
+    return out
+
+# %% ../nbs/02a_sblu_ops.ipynb #bcd481f4
+@inlined
+def put_complex(table, re, im, value):
+    "Rows `re` and `im` of the table, tiny values as zero."
+    for at, x in ((re, value[0]), (im, value[1])): put_row(table, at, where_less(x * 0 + 1e-30, absolute(x), x, x * 0))
+
+@compiled
+def put_powers(table, r, c, slopes):
+    "Fill the powers of r, j r^j if `slopes`, and r^(c+1)."
+    put_row(table, POWER_RE, r[0] * 0 + 1.0)
+    put_row(table, POWER_IM, r[0] * 0)
+    power = r
+    for j in range(1, STEP):
+        put_complex(table, POWER_RE + j, POWER_IM + j, power)
+        if slopes: put_complex(table, SLOPE_RE + j, SLOPE_IM + j, (power[0] * float(j), power[1] * float(j)))
+        power = product(power, r)
+    put_complex(table, POWER_RE + STEP, POWER_IM + STEP, power)
+    put_complex(table, LAST_RE, LAST_IM, row_power(r, power, c + 1))
+
+# %% ../nbs/02a_sblu_ops.ipynb #49670b20
+@compiled
+def put_gains(table, a, b, delta, e, s, k):
+    "Fill the gain and its derivatives: alpha, beta, and with h = delta / 2 exp(alpha h), sin(beta h), cos(beta h)."
+    half, zero = delta / 2, a * 0
+    x = a * half
+    z, inverse = x * x, 1.0 / e
+    p = 1.0 + z * (1.0 / 156)
+    for j in range(5): p = 1.0 + z * p * (1.0 / ((10 - 2 * j) * (11 - 2 * j)))
+    sinh = where_less(absolute(x), zero + 0.5, x * p, (e - inverse) * 0.5)  # the difference would cancel
+    cosh = (e + inverse) * 0.5
+    scale = 1.0 / where_less(absolute(s), absolute(sinh), absolute(sinh), absolute(s))
+    size = square_root((sinh * scale) * (sinh * scale) + (s * scale) * (s * scale)) / scale
+    lam2 = a * a + b * b
+    g = 2.0 * size / square_root(lam2)
+    ga = g * (half * (sinh / size) * (cosh / size) - a / lam2)
+    gb = g * (half * (s / size) * (k / size) - b / lam2)
+    put_row(table, GAIN, where_less(zero, lam2, g, lam2 + delta))  # delta at 0, NaN where a parameter is
+    put_row(table, GAIN_ALPHA, where_less(zero, lam2, ga, zero))
+    put_row(table, GAIN_BETA, where_less(zero, lam2, gb, zero))
+
+# %% ../nbs/02a_sblu_ops.ipynb #40448b16
+@compiled
+def patch_table(alpha, beta, at, stride, lanes, delta, c, work, table, slopes):
+    "Fill the table for the lanes' parameters alpha[at + l stride], beta[at + l stride]; `work` holds 2 float64 rows."
+    for l in range(LANES):
+        k = at + min(l, lanes - 1) * stride
+        work[l], work[LANES + l] = alpha[k], beta[k]
+    a, b = get_row(work, 0), get_row(work, 1)
+    e = row_exp(a * (delta / 2))
+    s, k = row_sincos(b * (delta / 2))
+    size = 1.0 / (e * e)
+    put_powers(table, (size * (1.0 - 2.0 * (s * s)), -2.0 * size * (s * k)), c, slopes)
+    put_gains(table, a, b, delta, e, s, k)
+
+# %% ../nbs/02a_sblu_ops.ipynb #94b61163
+@compiled
+def first_windows(tile, s, P, c, table):
+    "(re, im) of sum r^m u[s - m], then of sum r^m u[s + P - 1 + m], m = 0 .. c."
+    rest, steps, e, zero = (c + 1) % STEP, (c + 1) // STEP, s + P - 1, fill_row(table, 0.0)
+    lr, li, rr, ri = zero, zero, zero, zero
     for j in range(rest):
-        at = frame + side * (steps * STEP + j)
-        v = tile[at * LANES:(at + 1) * LANES]
-        for l in range(LANES):
-            state[l] += table[(POWER_RE + j) * LANES + l] * v[l]
-            state[LANES + l] += table[(POWER_IM + j) * LANES + l] * v[l]
+        x, y = get_row(tile, s - steps * STEP - j), get_row(tile, e + steps * STEP + j)
+        pr, pi = get_row(table, POWER_RE + j), get_row(table, POWER_IM + j)
+        lr, li, rr, ri = lr + pr * x, li + pi * x, rr + pr * y, ri + pi * y
+    turn = get_row(table, POWER_RE + STEP), get_row(table, POWER_IM + STEP)
     for step in range(steps):
-        near = frame + side * (steps - 1 - step) * STEP
-        at = near if side > 0 else near - STEP + 1
-        v = tile[at * LANES:(at + STEP) * LANES]
-        if side > 0: horner_step(v, table, state)
-        else: horner_step_back(v, table, state)
-    for l in range(LANES): state[LANES + l] *= sign
-
-# %% ../nbs/02a_sblu_ops.ipynb #0d1f465d
-@inlined
-def slope_step(v, table, state):
-    "`horner_step` for the sum and its slope: state holds re, im, slope re, slope im."
-    for l in range(LANES):
-        ar = v[l]
-        ai = ar * 0
-        br, bi = ai, ai
+        m = (steps - 1 - step) * STEP
+        ar, ai, br, bi = get_row(tile, s - m), zero, get_row(tile, e + m), zero
         for j in range(1, STEP):
-            x = v[j * LANES + l]
-            ar += table[(POWER_RE + j) * LANES + l] * x
-            ai += table[(POWER_IM + j) * LANES + l] * x
-            br += table[(SLOPE_RE + j) * LANES + l] * x
-            bi += table[(SLOPE_IM + j) * LANES + l] * x
-        sr, si = state[l], state[LANES + l]
-        dr, di = state[2 * LANES + l] + STEP * sr, state[3 * LANES + l] + STEP * si
-        pr, pi = table[(POWER_RE + STEP) * LANES + l], table[(POWER_IM + STEP) * LANES + l]
-        state[l] = ar + (pr * sr - pi * si)
-        state[LANES + l] = ai + (pr * si + pi * sr)
-        state[2 * LANES + l] = br + (pr * dr - pi * di)
-        state[3 * LANES + l] = bi + (pr * di + pi * dr)
+            x, y = get_row(tile, s - m - j), get_row(tile, e + m + j)
+            pr, pi = get_row(table, POWER_RE + j), get_row(table, POWER_IM + j)
+            ar, ai, br, bi = ar + pr * x, ai + pi * x, br + pr * y, bi + pi * y
+        (lr, li), (rr, ri) = product(turn, (lr, li)), product(turn, (rr, ri))
+        lr, li, rr, ri = ar + lr, ai + li, br + rr, bi + ri
+    return lr, li, rr, ri
 
-# %% ../nbs/02a_sblu_ops.ipynb #84915cd6
+# %% ../nbs/02a_sblu_ops.ipynb #566f1d06
 @inlined
-def slope_step_back(v, table, state):
-    "`slope_step` with the rows of v taken from the last to the first."
-    for l in range(LANES):
-        ar = v[(STEP - 1) * LANES + l]
-        ai = ar * 0
-        br, bi = ai, ai
-        for j in range(1, STEP):
-            x = v[(STEP - 1 - j) * LANES + l]
-            ar += table[(POWER_RE + j) * LANES + l] * x
-            ai += table[(POWER_IM + j) * LANES + l] * x
-            br += table[(SLOPE_RE + j) * LANES + l] * x
-            bi += table[(SLOPE_IM + j) * LANES + l] * x
-        sr, si = state[l], state[LANES + l]
-        dr, di = state[2 * LANES + l] + STEP * sr, state[3 * LANES + l] + STEP * si
-        pr, pi = table[(POWER_RE + STEP) * LANES + l], table[(POWER_IM + STEP) * LANES + l]
-        state[l] = ar + (pr * sr - pi * si)
-        state[LANES + l] = ai + (pr * si + pi * sr)
-        state[2 * LANES + l] = br + (pr * dr - pi * di)
-        state[3 * LANES + l] = bi + (pr * di + pi * dr)
+def slope_block(tile, at, side, table):
+    "(re, im) of sum r^j u[at + side j] and of sum j r^j u[at + side j], j < STEP."
+    re, im = get_row(tile, at), fill_row(table, 0.0)
+    slope_re, slope_im = im, im
+    for j in range(1, STEP):
+        x = get_row(tile, at + side * j)
+        re, im = re + get_row(table, POWER_RE + j) * x, im + get_row(table, POWER_IM + j) * x
+        slope_re, slope_im = slope_re + get_row(table, SLOPE_RE + j) * x, slope_im + get_row(table, SLOPE_IM + j) * x
+    return re, im, slope_re, slope_im
 
-# %% ../nbs/02a_sblu_ops.ipynb #308ac6cd
+# %% ../nbs/02a_sblu_ops.ipynb #dcac5f30
+@inlined
+def slope_turn(state, block, turn):
+    "Age `state` (sum, slope) by STEP samples and add a block in front of it."
+    sr, si = state[0], state[1]
+    dr, di = state[2] + sr * float(STEP), state[3] + si * float(STEP)
+    (sr, si), (dr, di) = product(turn, (sr, si)), product(turn, (dr, di))
+    return block[0] + sr, block[1] + si, block[2] + dr, block[3] + di
+
+# %% ../nbs/02a_sblu_ops.ipynb #7da8667d
 @compiled
-def first_slopes(tile, frame, side, taps, sign, table, state):
-    "`first_window` with the slopes: state holds re, im, slope re, slope im."
-    rest, steps = taps % STEP, taps // STEP
-    for i in range(4 * LANES): state[i] = 0
+def first_slopes(tile, s, P, c, table):
+    "`first_windows` with the slopes: (re, im, slope re, slope im) of either side."
+    rest, steps, e, zero = (c + 1) % STEP, (c + 1) // STEP, s + P - 1, fill_row(table, 0.0)
+    lr, li, dr, di, rr, ri, er, ei = zero, zero, zero, zero, zero, zero, zero, zero
     for j in range(rest):
-        at = frame + side * (steps * STEP + j)
-        v = tile[at * LANES:(at + 1) * LANES]
-        for l in range(LANES):
-            state[l] += table[(POWER_RE + j) * LANES + l] * v[l]
-            state[LANES + l] += table[(POWER_IM + j) * LANES + l] * v[l]
-            state[2 * LANES + l] += table[(SLOPE_RE + j) * LANES + l] * v[l]
-            state[3 * LANES + l] += table[(SLOPE_IM + j) * LANES + l] * v[l]
+        x, y = get_row(tile, s - steps * STEP - j), get_row(tile, e + steps * STEP + j)
+        pr, pi = get_row(table, POWER_RE + j), get_row(table, POWER_IM + j)
+        lr, li, rr, ri = lr + pr * x, li + pi * x, rr + pr * y, ri + pi * y
+        pr, pi = get_row(table, SLOPE_RE + j), get_row(table, SLOPE_IM + j)
+        dr, di, er, ei = dr + pr * x, di + pi * x, er + pr * y, ei + pi * y
+    left, right = (lr, li, dr, di), (rr, ri, er, ei)
+    turn = get_row(table, POWER_RE + STEP), get_row(table, POWER_IM + STEP)
     for step in range(steps):
-        near = frame + side * (steps - 1 - step) * STEP
-        at = near if side > 0 else near - STEP + 1
-        v = tile[at * LANES:(at + STEP) * LANES]
-        if side > 0: slope_step(v, table, state)
-        else: slope_step_back(v, table, state)
-    for l in range(LANES):
-        state[LANES + l] *= sign
-        state[3 * LANES + l] *= sign
+        m = (steps - 1 - step) * STEP
+        left = slope_turn(left, slope_block(tile, s - m, -1, table), turn)
+        right = slope_turn(right, slope_block(tile, e + m, 1, table), turn)
+    return left, right
 
-# %% ../nbs/02a_sblu_ops.ipynb #04498c73
+# %% ../nbs/02a_sblu_ops.ipynb #3411f48d
 @compiled
-def slide(tile, frame, P, c, sign, table, sums):
-    "Fill the steps of `sums` from the first windows in step 0; `frame` is the patch's first."
-    for i in range(1, P):
-        a, b = (frame + i) * LANES, (frame + P - 1 - i) * LANES
-        new_l, old_l = tile[a:a + LANES], tile[a - (c + 1) * LANES:a - c * LANES]
-        new_r, old_r = tile[b:b + LANES], tile[b + (c + 1) * LANES:b + (c + 2) * LANES]
-        v = sums[4 * (i - 1) * LANES:4 * (i + 1) * LANES]
-        for l in range(LANES):
-            pr, pi = table[(POWER_RE + 1) * LANES + l], table[(POWER_IM + 1) * LANES + l]
-            qr, qi = table[LAST_RE * LANES + l], table[LAST_IM * LANES + l]
-            sr, si, x = v[l], v[LANES + l], old_l[l]
-            v[4 * LANES + l] = new_l[l] + (pr * sr - sign * pi * si) - qr * x
-            v[5 * LANES + l] = pr * si + sign * pi * sr - sign * (qi * x)
-            sr, si, x = v[2 * LANES + l], v[3 * LANES + l], old_r[l]
-            v[6 * LANES + l] = new_r[l] + (pr * sr - pi * si) - qr * x
-            v[7 * LANES + l] = pr * si + pi * sr - qi * x
+def slide(tile, s, P, c, sign, table, sums):
+    "Windowed sums of all frames of the patch that starts at row `s`; returns 0, or NaN if any is not finite."
+    lr, li, rr, ri = first_windows(tile, s, P, c, table)
+    li = li * sign
+    pr, pi = get_row(table, POWER_RE + 1), get_row(table, POWER_IM + 1)
+    qr, qi = get_row(table, LAST_RE), get_row(table, LAST_IM)
+    back, back_last = pi * sign, qi * sign
+    for i in range(P):
+        if i > 0:
+            old = get_row(tile, s + i - c - 1)
+            new = get_row(tile, s + i) - qr * old
+            lr, li = new + (pr * lr - back * li), (pr * li + back * lr) - back_last * old
+            old = get_row(tile, s + P + c - i)
+            new = get_row(tile, s + P - 1 - i) - qr * old
+            rr, ri = new + (pr * rr - pi * ri), (pr * ri + pi * rr) - qi * old
+        put_row(sums, 4 * i, lr)
+        put_row(sums, 4 * i + 1, li)
+        put_row(sums, 4 * i + 2, rr)
+        put_row(sums, 4 * i + 3, ri)
+    return row_sum((lr - lr) + (li - li) + (rr - rr) + (ri - ri))
 
-# %% ../nbs/02a_sblu_ops.ipynb #171545d6
+# %% ../nbs/02a_sblu_ops.ipynb #0a4e2fcf
+@inlined
+def slope_slide(state, r, last, new, old, taps):
+    "One frame on for (re, im, slope re, slope im) of a side; last = r^taps."
+    gone = last[0] * old, last[1] * old
+    slope = product(r, (state[2] + state[0], state[3] + state[1]))
+    total = product(r, (state[0], state[1]))
+    return (new - gone[0]) + total[0], total[1] - gone[1], slope[0] - gone[0] * taps, slope[1] - gone[1] * taps
+
+# %% ../nbs/02a_sblu_ops.ipynb #223e4228
 @compiled
-def slide_slopes(tile, frame, P, c, sign, table, sums):
+def slide_slopes(tile, s, P, c, sign, table, sums):
     "`slide` with the slopes: re, im, slope re, slope im of either side."
-    for i in range(1, P):
-        a, b = (frame + i) * LANES, (frame + P - 1 - i) * LANES
-        new_l, old_l = tile[a:a + LANES], tile[a - (c + 1) * LANES:a - c * LANES]
-        new_r, old_r = tile[b:b + LANES], tile[b + (c + 1) * LANES:b + (c + 2) * LANES]
-        v = sums[8 * (i - 1) * LANES:8 * (i + 1) * LANES]
-        for l in range(LANES):
-            pr, pi = table[(POWER_RE + 1) * LANES + l], table[(POWER_IM + 1) * LANES + l]
-            sr, si, x = v[l], v[LANES + l], old_l[l]
-            dr, di = v[2 * LANES + l] + sr, v[3 * LANES + l] + si
-            qr, qi = table[LAST_RE * LANES + l] * x, sign * (table[LAST_IM * LANES + l] * x)
-            v[8 * LANES + l] = new_l[l] + (pr * sr - sign * pi * si) - qr
-            v[9 * LANES + l] = pr * si + sign * pi * sr - qi
-            v[10 * LANES + l] = pr * dr - sign * pi * di - (c + 1) * qr
-            v[11 * LANES + l] = pr * di + sign * pi * dr - (c + 1) * qi
-            sr, si, x = v[4 * LANES + l], v[5 * LANES + l], old_r[l]
-            dr, di = v[6 * LANES + l] + sr, v[7 * LANES + l] + si
-            qr, qi = table[LAST_RE * LANES + l] * x, table[LAST_IM * LANES + l] * x
-            v[12 * LANES + l] = new_r[l] + (pr * sr - pi * si) - qr
-            v[13 * LANES + l] = pr * si + pi * sr - qi
-            v[14 * LANES + l] = pr * dr - pi * di - (c + 1) * qr
-            v[15 * LANES + l] = pr * di + pi * dr - (c + 1) * qi
+    (lr, li, dr, di), right = first_slopes(tile, s, P, c, table)
+    left = (lr, li * sign, dr, di * sign)
+    pr, pi = get_row(table, POWER_RE + 1), get_row(table, POWER_IM + 1)
+    qr, qi = get_row(table, LAST_RE), get_row(table, LAST_IM)
+    r, last, back, back_last, taps = (pr, pi), (qr, qi), (pr, pi * sign), (qr, qi * sign), float(c + 1)
+    for i in range(P):
+        if i > 0:
+            left = slope_slide(left, back, back_last, get_row(tile, s + i), get_row(tile, s + i - c - 1), taps)
+            right = slope_slide(right, r, last, get_row(tile, s + P - 1 - i), get_row(tile, s + P + c - i), taps)
+        for k in range(4):
+            put_row(sums, 8 * i + k, left[k])
+            put_row(sums, 8 * i + 4 + k, right[k])
+    seen = (left[0] - left[0]) + (left[1] - left[1]) + (left[2] - left[2]) + (left[3] - left[3])
+    seen = seen + (right[0] - right[0]) + (right[1] - right[1]) + (right[2] - right[2]) + (right[3] - right[3])
+    return row_sum(seen)
 
-# %% ../nbs/02a_sblu_ops.ipynb #e4c6d338
-@compiled
-def not_finite(values, count):
-    "1 where any of the first `count` values is NaN or infinite, else 0."
-    bad = 0
-    for i in range(count): bad |= 0 if abs(values[i]) < np.inf else 1
-    return bad
+# %% ../nbs/02a_sblu_ops.ipynb #758640fc
+@inlined
+def magnitude(re, im):
+    "|re + j im|."
+    a, b = absolute(re), absolute(im)
+    high, low = where_less(a, b, b, a), where_less(a, b, a, b)
+    q = low / where_less(high * 0, high, high, high * 0 + 1.0)
+    return high * square_root(1.0 + q * q)
 
-# %% ../nbs/02a_sblu_ops.ipynb #97a99003
 @compiled
-def magnitudes(tile, frame, P, table, sums, out):
+def magnitudes(tile, s, P, table, sums, out):
     "out[i] = gain |left + right - u| for the P frames."
+    gain = get_row(table, GAIN)
     for i in range(P):
-        a, k = sums[4 * i * LANES:(4 * i + 2) * LANES], 4 * (P - 1 - i) + 2
-        b = sums[k * LANES:(k + 2) * LANES]
-        u, o = tile[(frame + i) * LANES:(frame + i + 1) * LANES], out[i * LANES:(i + 1) * LANES]
-        for l in range(LANES):
-            yr, yi = abs(a[l] + b[l] - u[l]), abs(a[LANES + l] + b[LANES + l])
-            high, low = (yr if yr > yi else yi), (yi if yr > yi else yr)
-            q = low / (high if high != 0 else 1)
-            o[l] = table[GAIN * LANES + l] * (high * math.sqrt(1 + q * q))
+        k = 4 * (P - 1 - i) + 2
+        re = (get_row(sums, 4 * i) + get_row(sums, k)) - get_row(tile, s + i)
+        put_row(out, i, gain * magnitude(re, get_row(sums, 4 * i + 1) + get_row(sums, k + 1)))
 
-# %% ../nbs/02a_sblu_ops.ipynb #8acb03c0
+# %% ../nbs/02a_sblu_ops.ipynb #2d131116
+@inlined
+def phasor(re, im):
+    "Magnitude of re + j im, and re and im divided by it (0 where it is 0)."
+    a, b = absolute(re), absolute(im)
+    high = where_less(a, b, b, a)
+    safe = where_less(high * 0, high, high, high * 0 + 1.0)
+    x, y = re / safe, im / safe
+    length = square_root(x * x + y * y)
+    turn = 1.0 / (length + where_less(high * 0, high, high * 0, high * 0 + 1.0))
+    return safe * length, x * turn, y * turn
+
+# %% ../nbs/02a_sblu_ops.ipynb #5f3ca298
 @compiled
-def frame_gradients(tile, frame, P, sign, table, sums, dy, g, acc):
+def frame_gradients(tile, s, P, sign, table, sums, dy, g, acc):
     "g = gradient of each frame's complex sum (re, im rows); acc = rows of sum dy |Y|, d alpha / delta, d beta / delta."
-    for i in range(3 * LANES): acc[i] = 0
+    gain, zero = get_row(table, GAIN), fill_row(table, 0.0)
+    total, da, db, seen = zero, zero, zero, zero
     for i in range(P):
-        a, k = sums[8 * i * LANES:(8 * i + 4) * LANES], 8 * (P - 1 - i) + 4
-        b = sums[k * LANES:(k + 4) * LANES]
-        u, d = tile[(frame + i) * LANES:(frame + i + 1) * LANES], dy[i * LANES:(i + 1) * LANES]
-        out = g[2 * i * LANES:2 * (i + 1) * LANES]
-        for l in range(LANES):
-            yr, yi = a[l] + b[l] - u[l], a[LANES + l] + b[LANES + l]
-            ar, ai = abs(yr), abs(yi)
-            high, low = (ar if ar > ai else ai), (ai if ar > ai else ar)
-            z = 1 / (high if high != 0 else 1)
-            yr, yi = yr * z, yi * z
-            root = math.sqrt(1 + (low * z) * (low * z))
-            w = d[l] * table[GAIN * LANES + l] / root
-            gr, gi = w * yr, w * yi
-            out[l], out[LANES + l] = gr, gi
-            acc[l] += d[l] * (high * root)
-            acc[LANES + l] -= gr * (a[2 * LANES + l] + b[2 * LANES + l]) + gi * (a[3 * LANES + l] + b[3 * LANES + l])
-            acc[2 * LANES + l] += gr * (b[3 * LANES + l] + sign * a[3 * LANES + l]) - gi * (b[2 * LANES + l] + sign * a[2 * LANES + l])
+        k = 8 * (P - 1 - i) + 4
+        re = (get_row(sums, 8 * i) + get_row(sums, k)) - get_row(tile, s + i)
+        size, x, y = phasor(re, get_row(sums, 8 * i + 1) + get_row(sums, k + 1))
+        d = get_row(dy, i)
+        gr, gi = d * gain * x, d * gain * y
+        put_row(g, 2 * i, gr)
+        put_row(g, 2 * i + 1, gi)
+        seen, total = seen + ((gr - gr) + (gi - gi)), total + d * size
+        lr, li, rr, ri = get_row(sums, 8 * i + 2), get_row(sums, 8 * i + 3), get_row(sums, k + 2), get_row(sums, k + 3)
+        da = da - (gr * (lr + rr) + gi * (li + ri))
+        db = db + (gr * (ri + sign * li) - gi * (rr + sign * lr))
+    put_row(acc, 0, total)
+    put_row(acc, 1, da)
+    put_row(acc, 2, db)
+    return row_sum(seen)
 
-# %% ../nbs/02a_sblu_ops.ipynb #ddeff93e
+# %% ../nbs/02a_sblu_ops.ipynb #633df284
 @inlined
-def turn(table, power, sign, state):
-    "state = r^power state, the conjugate of r where `sign` is -1."
-    for l in range(LANES):
-        er, ei = state[l], state[LANES + l]
-        pr, pi = table[(POWER_RE + power) * LANES + l], table[(POWER_IM + power) * LANES + l] * sign
-        state[l], state[LANES + l] = pr * er - pi * ei, pr * ei + pi * er
+def turn_state(state, sign, table, power):
+    "Both walks' state times r^power, the walk back with the conjugate where `sign` is -1."
+    pr, pi = get_row(table, POWER_RE + power), get_row(table, POWER_IM + power)
+    left, right = product((pr, pi * sign), (state[0], state[1])), product((pr, pi), (state[2], state[3]))
+    return left[0], left[1], right[0], right[1]
 
-# %% ../nbs/02a_sblu_ops.ipynb #f2458aa1
+@inlined
+def leave_state(state, g, back, ahead, sign, table):
+    "Both walks' state less r^(c+1) conj(g) of the frames `back` and `ahead`."
+    qr, qi = get_row(table, LAST_RE), get_row(table, LAST_IM)
+    left = product((qr, qi * sign), (get_row(g, 2 * back), 0.0 - get_row(g, 2 * back + 1)))
+    right = product((qr, qi), (get_row(g, 2 * ahead), 0.0 - get_row(g, 2 * ahead + 1)))
+    return state[0] - left[0], state[1] - left[1], state[2] - right[0], state[3] - right[1]
+
+# %% ../nbs/02a_sblu_ops.ipynb #4921b12d
+@inlined
+def add_row(array, index, value):
+    "array's row `index` += value."
+    put_row(array, index, get_row(array, index) + value)
+
 @compiled
-def quiet_stretch(du, row, side, count, sign, table, state):
-    "du[row + side j] += Re(r^j state) for j = 0 .. count - 1; the state ends as r^count state."
-    for step in range(count // STEP):
-        near = row + side * step * STEP
-        at = near if side > 0 else near - STEP + 1
-        v = du[at * LANES:(at + STEP) * LANES]
-        if side > 0:
-            for l in range(LANES):
-                er, ei = state[l], state[LANES + l] * sign
-                for j in range(STEP):
-                    v[j * LANES + l] += table[(POWER_RE + j) * LANES + l] * er - table[(POWER_IM + j) * LANES + l] * ei
-        else:
-            for l in range(LANES):
-                er, ei = state[l], state[LANES + l] * sign
-                for j in range(STEP):
-                    v[(STEP - 1 - j) * LANES + l] += table[(POWER_RE + j) * LANES + l] * er - table[(POWER_IM + j) * LANES + l] * ei
-        turn(table, STEP, sign, state)
-    for j in range(count // STEP * STEP, count):
-        at = row + side * j
-        v = du[at * LANES:(at + 1) * LANES]
-        for l in range(LANES): v[l] += state[l]
-        turn(table, 1, sign, state)
-
-# %% ../nbs/02a_sblu_ops.ipynb #227789e2
-@inlined
-def adjoint_enter(v, g, sign, table, state):
-    "A gradient enters: state += conj(g), v += Re(state), state = r state."
-    for l in range(LANES):
-        er, ei = state[l] + g[l], state[LANES + l] - g[LANES + l]
-        pr, pi = table[(POWER_RE + 1) * LANES + l], table[(POWER_IM + 1) * LANES + l] * sign
-        v[l] += er
-        state[l], state[LANES + l] = pr * er - pi * ei, pr * ei + pi * er
-
-# %% ../nbs/02a_sblu_ops.ipynb #3a802e1a
-@inlined
-def adjoint_leave(v, g, sign, table, state):
-    "A gradient leaves: state -= r^(c+1) conj(g), v += Re(state), state = r state."
-    for l in range(LANES):
-        qr, qi = table[LAST_RE * LANES + l], table[LAST_IM * LANES + l] * sign
-        er = state[l] - (qr * g[l] + qi * g[LANES + l])
-        ei = state[LANES + l] - (qi * g[l] - qr * g[LANES + l])
-        pr, pi = table[(POWER_RE + 1) * LANES + l], table[(POWER_IM + 1) * LANES + l] * sign
-        v[l] += er
-        state[l], state[LANES + l] = pr * er - pi * ei, pr * ei + pi * er
-
-# %% ../nbs/02a_sblu_ops.ipynb #b8a5bc52
-@compiled
-def adjoint_slide(du, frame, side, P, c, sign, table, g, state):
-    "Spread a patch's gradients over the samples its frames see; the walk starts at `frame`, its first frame on that side."
-    for i in range(2 * LANES): state[i] = 0
+def adjoint_inside(du, s, P, c, sign, table, g):
+    "The walks over the patch's own frames; returns their state."
+    zero = fill_row(table, 0.0)
+    state = (zero, zero, zero, zero)
     for i in range(P):
-        if i > c:
-            k = i - c - 1 if side > 0 else P + c - i
-            for l in range(LANES):
-                qr, qi = table[LAST_RE * LANES + l], table[LAST_IM * LANES + l] * sign
-                state[l] -= qr * g[2 * k * LANES + l] + qi * g[(2 * k + 1) * LANES + l]
-                state[LANES + l] -= qi * g[2 * k * LANES + l] - qr * g[(2 * k + 1) * LANES + l]
-        at, k = frame + side * i, i if side > 0 else P - 1 - i
-        adjoint_enter(du[at * LANES:(at + 1) * LANES], g[2 * k * LANES:2 * (k + 1) * LANES], sign, table, state)
-    quiet = max(0, c + 1 - P)
-    quiet_stretch(du, frame + side * P, side, quiet, sign, table, state)
+        k = P - 1 - i
+        if i > c: state = leave_state(state, g, P + c - i, i - c - 1, sign, table)
+        lr, li, rr, ri = state[0] + get_row(g, 2 * k), state[1] - get_row(g, 2 * k + 1), state[2], state[3]
+        add_row(du, s + k, lr)
+        add_row(du, s + i, rr)
+        state = turn_state((lr, li, rr + get_row(g, 2 * i), ri - get_row(g, 2 * i + 1)), sign, table, 1)
+    return state
+
+# %% ../nbs/02a_sblu_ops.ipynb #db89e469
+@compiled
+def adjoint_quiet(du, s, P, count, sign, table, state):
+    "The walks over `count` samples beyond the patch where no gradient leaves; returns their state."
+    for at in range(0, count - count % STEP, STEP):
+        lr, li, rr, ri = state[0], state[1] * sign, state[2], state[3]
+        for j in range(STEP):
+            pr, pi = get_row(table, POWER_RE + j), get_row(table, POWER_IM + j)
+            add_row(du, s - 1 - at - j, pr * lr - pi * li)
+            add_row(du, s + P + at + j, pr * rr - pi * ri)
+        state = turn_state(state, sign, table, STEP)
+    for at in range(count - count % STEP, count):
+        add_row(du, s - 1 - at, state[0])
+        add_row(du, s + P + at, state[2])
+        state = turn_state(state, sign, table, 1)
+    return state
+
+# %% ../nbs/02a_sblu_ops.ipynb #63130c1c
+@compiled
+def adjoint_slide(du, s, P, c, sign, table, g):
+    "Spread a patch's gradients over the samples that its frames see."
+    state, quiet = adjoint_inside(du, s, P, c, sign, table, g), max(0, c + 1 - P)
+    state = adjoint_quiet(du, s, P, quiet, sign, table, state)
     for i in range(P + quiet, P + c):
-        at, k = frame + side * i, i - c - 1 if side > 0 else P + c - i
-        adjoint_leave(du[at * LANES:(at + 1) * LANES], g[2 * k * LANES:2 * (k + 1) * LANES], sign, table, state)
+        state = leave_state(state, g, P + c - i, i - c - 1, sign, table)
+        add_row(du, s + P - 1 - i, state[0])
+        add_row(du, s + i, state[2])
+        state = turn_state(state, sign, table, 1)
 
-# %% ../nbs/02a_sblu_ops.ipynb #ba7fb051
+# %% ../nbs/02a_sblu_ops.ipynb #8bb35e48
 @compiled
-def direct_taps(table, c, taps):
-    "Rows (re, im) of taps: r^m for m = 0 .. c."
-    for l in range(LANES): taps[l], taps[LANES + l] = 1, 0
+def direct_frame(tile, at, c, sign, table):
+    "(re, im) of the sum, of the slope, and of the slope with the left side times `sign`, of the frame at row `at`."
+    zero = fill_row(table, 0.0)
+    r, w = (get_row(table, POWER_RE + 1), get_row(table, POWER_IM + 1)), (zero + 1.0, zero)
+    yr, yi, dr, di, er, ei = get_row(tile, at), zero, zero, zero, zero, zero
     for m in range(1, c + 1):
-        for l in range(LANES):
-            ar, ai = taps[2 * (m - 1) * LANES + l], taps[(2 * m - 1) * LANES + l]
-            pr, pi = table[(POWER_RE + 1) * LANES + l], table[(POWER_IM + 1) * LANES + l]
-            taps[2 * m * LANES + l], taps[(2 * m + 1) * LANES + l] = pr * ar - pi * ai, pr * ai + pi * ar
+        w = product(w, r)
+        ahead, back, age = get_row(tile, at + m), get_row(tile, at - m), float(m)
+        both, diff = ahead + back, ahead + sign * back
+        yr, yi = yr + w[0] * both, yi + w[1] * diff
+        dr, di = dr + age * (w[0] * both), di + age * (w[1] * diff)
+        er, ei = er + age * (w[0] * diff), ei + age * (w[1] * both)
+    return yr, yi, dr, di, er, ei
 
-# %% ../nbs/02a_sblu_ops.ipynb #f8c4dd10
+# %% ../nbs/02a_sblu_ops.ipynb #9bd7e05b
 @compiled
-def direct_sums(tile, frame, P, c, sign, taps, sums):
-    "sums[n] rows: re, im of the sum, re, im of the slope (both sides), re, im of the slope with the left side times `sign`."
-    for n in range(P):
-        for l in range(LANES):
-            yr = tile[(frame + n) * LANES + l]
-            yi, dr, di, sr, si = yr * 0, yr * 0, yr * 0, yr * 0, yr * 0
-            for m in range(1, c + 1):
-                a, b = tile[(frame + n + m) * LANES + l], tile[(frame + n - m) * LANES + l]
-                wr, wi = taps[2 * m * LANES + l], taps[(2 * m + 1) * LANES + l]
-                yr, yi = yr + wr * (a + b), yi + wi * (a + sign * b)
-                dr, di = dr + m * wr * (a + b), di + m * wi * (a + sign * b)
-                sr, si = sr + m * wr * (a + sign * b), si + m * wi * (a + b)
-            at = 6 * n * LANES + l
-            sums[at], sums[at + LANES], sums[at + 2 * LANES], sums[at + 3 * LANES] = yr, yi, dr, di
-            sums[at + 4 * LANES], sums[at + 5 * LANES] = sr, si
+def direct_outputs(tile, s, P, c, sign, table, out):
+    "`slide` and `magnitudes` by the direct sum."
+    for i in range(P):
+        sums = direct_frame(tile, s + i, c, sign, table)
+        put_row(out, i, get_row(table, GAIN) * magnitude(sums[0], sums[1]))
 
-# %% ../nbs/02a_sblu_ops.ipynb #c46e0c2d
+# %% ../nbs/02a_sblu_ops.ipynb #af1d0e35
 @compiled
-def direct_outputs(P, table, sums, out):
-    "`magnitudes` from `direct_sums`."
-    for n in range(P):
-        for l in range(LANES):
-            yr, yi = abs(sums[6 * n * LANES + l]), abs(sums[(6 * n + 1) * LANES + l])
-            high, low = (yr if yr > yi else yi), (yi if yr > yi else yr)
-            q = low / (high if high != 0 else 1)
-            out[n * LANES + l] = table[GAIN * LANES + l] * (high * math.sqrt(1 + q * q))
+def direct_gradients(tile, du, s, P, c, sign, table, dy, acc):
+    "The backward pass of a patch by the direct sum: adds to du, fills acc."
+    gain, zero = get_row(table, GAIN), fill_row(table, 0.0)
+    total, da, db, r = zero, zero, zero, (get_row(table, POWER_RE + 1), get_row(table, POWER_IM + 1))
+    for i in range(P):
+        yr, yi, dr, di, er, ei = direct_frame(tile, s + i, c, sign, table)
+        size, x, y = phasor(yr, yi)
+        d, w = get_row(dy, i), (zero + 1.0, zero)
+        gr, gi = d * gain * x, d * gain * y
+        total, da, db = total + d * size, da - (gr * dr + gi * di), db + (gr * ei - gi * er)
+        add_row(du, s + i, gr)
+        for m in range(1, c + 1):
+            w = product(w, r)
+            add_row(du, s + i + m, w[0] * gr + w[1] * gi)
+            add_row(du, s + i - m, w[0] * gr + sign * (w[1] * gi))
+    put_row(acc, 0, total)
+    put_row(acc, 1, da)
+    put_row(acc, 2, db)
 
-# %% ../nbs/02a_sblu_ops.ipynb #1c8c92e5
-@compiled
-def direct_gradients(du, frame, P, c, sign, table, taps, sums, dy, acc):
-    "`frame_gradients` and `adjoint_slide` by the direct sum: adds to du, fills acc."
-    for i in range(3 * LANES): acc[i] = 0
-    for n in range(P):
-        for l in range(LANES):
-            at, d = 6 * n * LANES + l, dy[n * LANES + l]
-            yr, yi = sums[at], sums[at + LANES]
-            high, low = max(abs(yr), abs(yi)), min(abs(yr), abs(yi))
-            z = 1 / (high if high != 0 else 1)
-            root = math.sqrt(1 + (low * z) * (low * z))
-            w = d * table[GAIN * LANES + l] / root
-            gr, gi = w * (yr * z), w * (yi * z)
-            acc[l] += d * (high * root)
-            acc[LANES + l] -= gr * sums[at + 2 * LANES] + gi * sums[at + 3 * LANES]
-            acc[2 * LANES + l] += gr * sums[at + 5 * LANES] - gi * sums[at + 4 * LANES]
-            du[(frame + n) * LANES + l] += gr
-            for m in range(1, c + 1):
-                wr, wi = taps[2 * m * LANES + l], taps[(2 * m + 1) * LANES + l]
-                du[(frame + n + m) * LANES + l] += wr * gr + wi * gi
-                du[(frame + n - m) * LANES + l] += wr * gr + sign * wi * gi
-
-# %% ../nbs/02a_sblu_ops.ipynb #11126ec4
+# %% ../nbs/02a_sblu_ops.ipynb #fe18f394
 @compiled
 def cpu_forward(u, alpha, beta, y, low, high, slot, patch, geometry, delta, sign, start, stop):
     "Work items start .. stop of the forward pass; flat contiguous arrays."
     groups, units, frames, P, c, items = geometry[:6]
     clip_in, unit_in, slot_in, clip_out, unit_out, slot_out = geometry[6:]
     table, tile = np.zeros(TABLE_ROWS * LANES, u.dtype), np.empty((frames + 2 * c) * LANES, u.dtype)
-    sums = np.empty(4 * P * LANES, u.dtype)
-    out, work, bits = np.empty(P * LANES, u.dtype), np.empty(WORK_ROWS * LANES), np.empty(LANES, np.int64)
-    power = bits.view(np.float64)
+    sums, out = np.empty(4 * P * LANES, u.dtype), np.empty(P * LANES, u.dtype)
+    work, side = np.empty(2 * LANES), u.dtype.type(sign)
     for item in range(start, stop):
         group, unit = item // items, item % items * LANES
         lanes, clip = min(LANES, units - unit), group // groups
         if high[group] > low[group]: load_tile(u, (group * units + unit) * frames, frames, lanes, frames, c, tile)
         for i in range(low[group], high[group]):
-            s = patch[i] * P + c
-            lane_powers(alpha, beta, clip * clip_in + unit * unit_in + slot[i] * slot_in, unit_in, lanes, delta, c, work, bits, power, table)
-            lane_gains(work, delta, table)
-            first_window(tile, s, -1, c + 1, sign, table, sums)
-            first_window(tile, s + P - 1, 1, c + 1, 1.0, table, sums[2 * LANES:])
-            slide(tile, s, P, c, sign, table, sums)
-            magnitudes(tile, s, P, table, sums, out)
-            if not_finite(sums[4 * (P - 1) * LANES:], 4 * LANES):
-                taps, rows = np.empty(2 * (c + 1) * LANES, u.dtype), np.empty(6 * P * LANES, u.dtype)
-                direct_taps(table, c, taps)
-                direct_sums(tile, s, P, c, sign, taps, rows)
-                direct_outputs(P, table, rows, out)
+            s, at = patch[i] * P + c, clip * clip_in + unit * unit_in + slot[i] * slot_in
+            patch_table(alpha, beta, at, unit_in, lanes, delta, c, work, table, False)
+            if slide(tile, s, P, c, side, table, sums) == 0: magnitudes(tile, s, P, table, sums, out)
+            else: direct_outputs(tile, s, P, c, side, table, out)
             store_tile(out, y, clip * clip_out + unit * unit_out + slot[i] * slot_out, unit_out, lanes, P, 0)
 
-# %% ../nbs/02a_sblu_ops.ipynb #6b131c96
+# %% ../nbs/02a_sblu_ops.ipynb #b12706c6
 @compiled
-def patch_gradients(tile, dtile, s, P, c, delta, sign, table, sums, g, state, dy, acc):
+def patch_gradients(tile, dtile, s, P, c, sign, table, sums, g, dy, acc):
     "Backward pass of one patch of 16 lanes: adds to dtile, fills acc."
-    first_slopes(tile, s, -1, c + 1, sign, table, sums)
-    first_slopes(tile, s + P - 1, 1, c + 1, 1.0, table, sums[4 * LANES:])
-    slide_slopes(tile, s, P, c, sign, table, sums)
-    frame_gradients(tile, s, P, sign, table, sums, dy, g, acc)
-    if not_finite(sums[8 * (P - 1) * LANES:], 8 * LANES) or not_finite(g, 2 * P * LANES):
-        taps, rows = np.empty(2 * (c + 1) * LANES, tile.dtype), np.empty(6 * P * LANES, tile.dtype)
-        direct_taps(table, c, taps)
-        direct_sums(tile, s, P, c, sign, taps, rows)
-        direct_gradients(dtile, s, P, c, sign, table, taps, rows, dy, acc)
-        return
-    adjoint_slide(dtile, s + P - 1, -1, P, c, sign, table, g, state)
-    adjoint_slide(dtile, s, 1, P, c, 1.0, table, g, state)
-    for i in range(P):  # both sides gave the centre sample its gradient
-        v, h = dtile[(s + i) * LANES:(s + i + 1) * LANES], g[2 * i * LANES:(2 * i + 1) * LANES]
-        for l in range(LANES): v[l] -= h[l]
+    seen = slide_slopes(tile, s, P, c, sign, table, sums) + frame_gradients(tile, s, P, sign, table, sums, dy, g, acc)
+    if seen == 0: adjoint_slide(dtile, s, P, c, sign, table, g)
+    else: direct_gradients(tile, dtile, s, P, c, sign, table, dy, acc)
 
-# %% ../nbs/02a_sblu_ops.ipynb #e534fea4
+# %% ../nbs/02a_sblu_ops.ipynb #04fc4875
 @compiled
 def cpu_backward(u, alpha, beta, dy, du, da, db, low, high, slot, patch, geometry, delta, sign, start, stop):
     "Work items start .. stop of the backward pass; flat contiguous arrays; fills du, da, db."
     groups, units, frames, P, c, items = geometry[:6]
     clip_in, unit_in, slot_in, clip_out, unit_out, slot_out = geometry[6:]
     table, tile = np.zeros(TABLE_ROWS * LANES, u.dtype), np.empty((frames + 2 * c) * LANES, u.dtype)
-    sums = np.empty(8 * P * LANES, u.dtype)
-    g, state, acc = np.empty(2 * P * LANES, u.dtype), np.empty(2 * LANES, u.dtype), np.empty(3 * LANES, u.dtype)
-    out, work, bits = np.empty(P * LANES, u.dtype), np.empty(WORK_ROWS * LANES), np.empty(LANES, np.int64)
-    power = bits.view(np.float64)
+    sums, g, acc = np.empty(8 * P * LANES, u.dtype), np.empty(2 * P * LANES, u.dtype), np.empty(3 * LANES, u.dtype)
+    out, work, side = np.empty(P * LANES, u.dtype), np.empty(2 * LANES), u.dtype.type(sign)
     dtile = np.empty((frames + 2 * c) * LANES, u.dtype)
     for item in range(start, stop):
         group, unit = item // items, item % items * LANES
@@ -750,11 +789,9 @@ def cpu_backward(u, alpha, beta, dy, du, da, db, low, high, slot, patch, geometr
         dtile[:] = 0
         for i in range(low[group], high[group]):
             at = clip * clip_in + unit * unit_in + slot[i] * slot_in
-            lane_powers(alpha, beta, at, unit_in, lanes, delta, c, work, bits, power, table)
-            lane_slopes(table)
-            lane_gains(work, delta, table)
+            patch_table(alpha, beta, at, unit_in, lanes, delta, c, work, table, True)
             load_tile(dy, clip * clip_out + unit * unit_out + slot[i] * slot_out, unit_out, lanes, P, 0, out)
-            patch_gradients(tile, dtile, patch[i] * P + c, P, c, delta, sign, table, sums, g, state, out, acc)
+            patch_gradients(tile, dtile, patch[i] * P + c, P, c, side, table, sums, g, out, acc)
             for l in range(lanes):
                 da[at + l * unit_in] = delta * acc[LANES + l] + acc[l] * table[GAIN_ALPHA * LANES + l]
                 db[at + l * unit_in] = delta * acc[2 * LANES + l] + acc[l] * table[GAIN_BETA * LANES + l]
@@ -788,21 +825,22 @@ workers = WorkerPool()
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=workers.reset)
 
 # %% ../nbs/02a_sblu_ops.ipynb #d723ed05
-compile_lock = threading.Lock()
+compile_lock, ready_kernels = threading.Lock(), set()
 
 def ready_kernel(kernel, args):
     "Compile `kernel` for these arguments if need be, printing a line when that takes longer than a second."
     if numba is None: raise RuntimeError('backend "numba" needs numba: pip install numba, or use backend="torch"')
-    signature = tuple(numba.typeof(a) for a in args)
-    if signature in kernel.overloads: return kernel
+    key = kernel, args[0].dtype  # all that differs between calls
+    if key in ready_kernels: return kernel
     with compile_lock:
-        if signature in kernel.overloads: return kernel
+        if key in ready_kernels: return kernel
         say = threading.Timer(1.0, print, (f"aasp_nb: compiling {kernel.__name__} for {args[0].dtype}, once per machine ...",),
                               dict(file=sys.stderr, flush=True))
         say.daemon = True
         say.start()
-        try: kernel.compile(signature)
+        try: kernel.compile(tuple(numba.typeof(a) for a in args))
         finally: say.cancel()
+        ready_kernels.add(key)
     return kernel
 
 # %% ../nbs/02a_sblu_ops.ipynb #5dc4c821

@@ -174,21 +174,37 @@ def test_many_views_and_repeated_tokens():
         with pytest.raises(ValueError, match="index must lie"): sblu_patches(*args, index, grid, 31)
 
 
+def errors(call, args, exact, dy):
+    "(RMS error, largest error) of output and gradients, relative to the RMS and to the largest value of `exact`."
+    y = call(*args)
+    pairs = zip((y, *torch.autograd.grad(y, args, dy.to(y))), exact)
+    return [(((a - b).square().mean() / b.square().mean()).sqrt().item(), ((a - b).abs().max() / b.abs().max()).item()) for a, b in pairs]
+
+
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("K", (31, 63, 255))
-def test_float32_error_is_that_of_the_direct_sum(K, phase):
+@pytest.mark.parametrize("dtype, K", ((torch.float32, 31), (torch.float32, 63), (torch.float32, 255), (torch.bfloat16, 63)))
+def test_error_is_that_of_the_direct_sum(dtype, K, phase):
+    """At most twice the direct sum's error in the same type, against float64: in RMS and in the maximum.
+
+    Granted on top, since a recurrence rounds at every frame: one float32 ulp of the RMS, four of the maximum (the direct sum
+    can be right to half an ulp). The gradient of a magnitude holds Y / |Y|, whose error is that of Y over |Y|: where a sum
+    nearly cancels it is large for either method, and which of the two is worse at that one frame is chance. So the maximum of
+    gradients is judged for a gradient dy = y, in which |Y| drops out; for random dy their RMS is."""
+    ulp = torch.finfo(torch.float32).eps
     for low in (False, True):
         args = dense(2, 16, 12, 16, K)
-        if low: args[1] = torch.full_like(args[1], alpha_min(K)).requires_grad_()
-        dy = torch.randn(args[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-        exact = sblu_reference(*args, K, 1.0, phase)
-        exact = (exact, *torch.autograd.grad(exact, args, dy))
-        single = [a.detach().float().requires_grad_() for a in args]
-        errors = {}
-        for name, y in (("ours", adaptive_sblu(*single, K, 1.0, phase)), ("direct", sblu_reference(*single, K, 1.0, phase))):
-            got = (y, *torch.autograd.grad(y, single, dy.float()))
-            errors[name] = [((a - b).square().mean().sqrt() / b.square().mean().sqrt()).item() for a, b in zip(got, exact)]
-        for ours, direct in zip(errors["ours"], errors["direct"]): assert ours <= 2 * direct + 1e-7, errors
+        if low: args[1] = torch.full_like(args[1], alpha_min(K))
+        single = [a.detach().to(dtype).requires_grad_() for a in args]
+        wide = [a.detach().double().requires_grad_() for a in single]
+        y = sblu_reference(*wide, K, 1.0, phase)
+        noise = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        for kind, dy in (("noise", noise.to(dtype).double()), ("y", y.detach().to(dtype).double())):
+            exact = (y, *torch.autograd.grad(y, wide, dy, retain_graph=True))
+            ours = errors(lambda *t: adaptive_sblu(*t, K, 1.0, phase), single, exact, dy)
+            direct = errors(lambda *t: sblu_reference(*t, K, 1.0, phase), single, exact, dy)
+            for i, ((rms, most), (its_rms, its_most)) in enumerate(zip(ours, direct)):
+                assert rms <= 2 * its_rms + ulp, (kind, i, rms, its_rms)
+                if i == 0 or kind == "y": assert most <= 2 * its_most + 4 * ulp, (kind, i, most, its_most)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
