@@ -210,10 +210,12 @@ class LambdaEncoder(nn.Module):
         if start is not None: self.expand.bias.data.copy_(torch.cat(start))
 
     def forward(self,
-        tokens: torch.Tensor, # [V, n, D] tokens with positions added
+        tokens: torch.Tensor, # [V, n, D] tokens with positions added; with `visible` all tokens [B, N, D] of each clip
         keys: torch.Tensor | None = None, # bool [V, n], tokens that may be attended to; None: all
+        visible: torch.Tensor | None = None, # int64 [B, M, n], tokens of each of the V = B M views
     ) -> tuple[torch.Tensor, torch.Tensor]: # raw decay and raw frequency, [V, n, H] each
         mask, x = key_mask(keys), self.reduce(tokens)
+        if visible is not None: x = gather_tokens(x, visible).flatten(0, 1)
         for block in self.blocks: x = block(x, attn_mask=mask)
         return self.expand(x).chunk(2, -1)
 
@@ -285,13 +287,18 @@ def row_linear(
     x: torch.Tensor, # [V, n, K] one row of values a patch
     rows: torch.Tensor, # int64 [V, n], frequency patch of each
     weight: torch.Tensor, # [N_f, D', K]
+    wait: bool | None = None, # True: sort by row, False: without a look at `rows` on the host; None: sort on the CPU alone
 ) -> torch.Tensor: # [V, n, D']
     "Linear map with the weight of each patch's own row."
     flat, row = x.flatten(0, 1), rows.flatten()
-    order = row.argsort(stable=True)
-    parts = flat.index_select(0, order).split(row.bincount(minlength=len(weight)).tolist())
-    out = torch.cat([F.linear(part, w) for part, w in zip(parts, weight)])
-    return out.index_select(0, order.argsort()).unflatten(0, rows.shape)
+    if x.device.type == "cpu" if wait is None else wait:
+        order = row.argsort(stable=True)
+        parts = flat.index_select(0, order).split(row.bincount(minlength=len(weight)).tolist())
+        out = torch.cat([F.linear(part, w) for part, w in zip(parts, weight)]).index_select(0, order.argsort())
+    else:
+        every = F.linear(flat, weight.flatten(0, 1)).unflatten(1, weight.shape[:2])
+        out = every.gather(1, row[:, None, None].expand(-1, 1, weight.shape[1]))[:, 0]
+    return out.unflatten(0, rows.shape)
 
 # %% ../nbs/03_patch_embed.ipynb #c0864899
 def fuse_tail(
@@ -451,10 +458,14 @@ class PatchFusion(nn.Module):
         init_linear(self.proj)
 
     def forward(self,
-        standard: torch.Tensor, # [..., D]
-        sblu: torch.Tensor, # [..., D']
+        standard: torch.Tensor, # [..., D]; with `visible` all tokens [B, N, D] of each clip
+        sblu: torch.Tensor, # [..., D']; with `visible` [B, M, n, D']
+        visible: torch.Tensor | None = None, # int64 [B, M, n], tokens of each view
     ) -> torch.Tensor: # [..., D]
-        return self.proj(torch.cat([self.norm_standard(standard), self.norm_sblu(sblu)], -1))
+        of_standard, of_sblu = self.proj.weight.split([standard.shape[-1], sblu.shape[-1]], 1)
+        fused = F.linear(self.norm_standard(standard), of_standard, self.proj.bias)
+        if visible is not None: fused = gather_tokens(fused, visible)
+        return fused + F.linear(self.norm_sblu(sblu), of_sblu)
 
 # %% ../nbs/03_patch_embed.ipynb #348033ea
 class AaPE(nn.Module):
@@ -511,14 +522,16 @@ def positions(self: AaPE,
 # %% ../nbs/03_patch_embed.ipynb #1a8826cb
 @patch
 def rates(self: AaPE,
-    placed: torch.Tensor, # [B, M, n, D] standard tokens with positions
-    index: torch.Tensor, # int64 [B, M, n], which patches they are
+    placed: torch.Tensor, # [B, M, n, D] standard tokens with positions, or all tokens [B, N, D] of each clip
+    index: torch.Tensor, # int64 [B, M, n], which patches the views have
     n_t: int, # number of time patches N_t
     keep: torch.Tensor | None = None, # bool [B, M, n], patches that are not padding
 ) -> tuple[torch.Tensor, torch.Tensor]: # alpha and beta [B, M, n, H], rad per frame
     "Decay and frequency of each patch and unit, estimated or learned, within their bounds."
+    keys = None if keep is None else keep.flatten(0, 1)
     if isinstance(self.lambda_encoder, FixedParameters): raw = self.lambda_encoder(index // n_t)
-    else: raw = self.lambda_encoder(placed.flatten(0, 1), None if keep is None else keep.flatten(0, 1))
+    elif placed.ndim == 3: raw = self.lambda_encoder(placed, keys, index)
+    else: raw = self.lambda_encoder(placed.flatten(0, 1), keys)
     raw = [r.to(torch.promote_types(r.dtype, torch.float32)) for r in raw]
     return tuple(r.view(*index.shape, r.shape[-1]) for r in bound_parameters(*raw, **self.bounds))
 
@@ -528,15 +541,18 @@ def prepare(self: AaPE,
     x: torch.Tensor, # [B, F, T] or [B, 1, F, T]
     visible: torch.Tensor | None, # int64 [B, M, n]; None: all patches
     valid: torch.Tensor | None, # [B] counts or bool [B, N_t]; None: no padding
-) -> tuple: # x [B, F, T]; valid bool [B, N_t]; tokens without and with positions [B, M, n, D]; alpha; beta
-    "What happens before SBLU: standard tokens, positions, decay and frequency."
+) -> tuple: # x [B, F, T]; valid bool [B, N_t]; tokens without and with positions; alpha and beta [B, M, n, H]
+    "What happens before SBLU. Tokens are [B, M, n, D], or [B, N, D] where the views show more patches than a clip has."
     x = as_logmel(x)
     grid = self.grid(x)
-    valid, tokens, place = valid_patches(valid, grid[1]), self.standard(x, visible), self.positions(grid)
+    valid, place, index = valid_patches(valid, grid[1]), self.positions(grid), visible
+    shared = visible is not None and visible.shape[1:].numel() >= place.shape[1]
+    tokens = self.standard(x, None if shared else visible)
     if visible is None:
         tokens, place = tokens[:, None], place[:, None]
         index = torch.arange(tokens.shape[2], device=x.device).expand(len(x), 1, -1)
-    else: index, place = visible, place[0][visible]
+    elif shared: check_visible(visible, *tokens.shape[:2])
+    else: place = place[0][visible]
     placed = tokens + place
     return x, valid, tokens, placed, *self.rates(placed, index, grid[1], keep_patches(valid, visible, grid[0]))
 
@@ -554,7 +570,8 @@ def forward(self: AaPE,
         valid = None if valid is None else valid.repeat_interleave(visible.shape[1], 0)
         aliasing = self.sblu(each, *alone, valid).view(*alpha.shape[:3], -1)
     else: aliasing = self.sblu(x, alpha, beta, visible, valid)
-    fused = self.fusion(placed if self.positions_in_tokens else tokens, aliasing)
+    standard = placed if self.positions_in_tokens else tokens
+    fused = self.fusion(standard, aliasing, visible if standard.ndim == 3 else None)
     return fused[:, 0] if visible is None else fused
 
 # %% ../nbs/03_patch_embed.ipynb #64f0e7c9
