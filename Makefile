@@ -5,8 +5,15 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= out
 DATA   ?=
+BENCH  ?=
+# `make gpu` uses the environment where there is one, else a Python that has PyTorch; WHEELS holds what else it needs
+GPU_PYTHON  ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_VERSION ?= 3.12
+GPU_OUT     ?= figures
+GPU_PARTS   ?=
+WHEELS      ?= .whl
 
-.PHONY: demo test test-full test-browser lab bench bench-dashboards figures demo-checkpoint readme docs hooks clean help
+.PHONY: demo test test-full test-browser lab bench bench-dashboards gpu gpu-wheels figures demo-checkpoint readme docs hooks clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -39,11 +46,23 @@ test-browser: $(VENV)/.ready  ## dashboards in a real browser (installs Debian's
 lab: $(VENV)/.ready     ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir nbs
 
-bench: $(VENV)/.ready   ## time the adaptive convolution against its alternatives
-	@mkdir -p $(OUT) && $(BIN)/papermill --cwd nbs/runs nbs/runs/bench_sblu.ipynb $(OUT)/bench_sblu.ipynb --no-progress-bar --log-output
+bench: $(VENV)/.ready   ## time the adaptive convolution and a training step (on a busy machine BENCH="-p clock cpu -p threads 1")
+	@mkdir -p $(OUT)
+	@for name in bench_sblu bench_training; do \
+	  $(BIN)/papermill --cwd nbs/runs nbs/runs/$$name.ipynb $(OUT)/$$name.ipynb --no-progress-bar --log-output $(BENCH) || exit 1; done
 
 bench-dashboards: $(VENV)/.ready  ## slider step to redraw, in a real browser
 	@$(BIN)/python tests/bench_dashboards.py
+
+gpu:             ## what waits for a GPU, part by part (GPU_PARTS="kernels bench", GPU_OUT=folder, wheels of `make gpu-wheels`)
+	@if ! test -x $(BIN)/python && compgen -G "$(WHEELS)/*.whl" >/dev/null; then \
+	  $(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(OUT)/gpu-site $(WHEELS)/*.whl || exit 1; fi
+	@PYTHONPATH=$(abspath $(OUT))/gpu-site:$$PYTHONPATH $(GPU_PYTHON) tests/gpu.py $(GPU_PARTS) --out $(GPU_OUT)
+
+gpu-wheels:      ## fetch what a GPU machine without network lacks, for Python GPU_VERSION (3.12)
+	@$(GPU_PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version $(GPU_VERSION) --implementation cp \
+	  $(foreach glibc,2_34 2_28 2_27 2_17 2014 1,--platform manylinux$(if $(findstring _,$(glibc)),_)$(glibc)_x86_64) \
+	  -d $(WHEELS) -r tests/gpu_wheels.txt && ls $(WHEELS)
 
 figures: $(VENV)/.ready  ## regenerate every figure
 	@mkdir -p $(OUT) && $(BIN)/papermill nbs/runs/figures.ipynb $(OUT)/figures.ipynb --no-progress-bar

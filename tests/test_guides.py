@@ -23,6 +23,7 @@ REDUCED = {
                                  overrides='{"batch_size": 4, "views": 2, "depth": 1, "embed_dim": 48}', device="cpu"),
     "runs/bench_sblu.ipynb": dict(batch=1, channels=8, frames=64, kernel_sizes="31", threads=1, rounds=1, seconds=0.2,
                                   compile_reference=False, out_dir="{out}"),
+    "runs/bench_training.ipynb": dict(preset="tiny", batch=1, views=2, threads=1, rounds=1, out_dir="{out}"),
     "runs/compare_runs.ipynb": dict(table="{home}/table.csv"),
     "runs/demo.ipynb": dict(out="{out}", per_class=6, probe_steps=20, seeds="0", threads=1, **TINY),
     "runs/figures.ipynb": dict(out_dir="{out}", preset="tiny"),
@@ -93,6 +94,7 @@ def execute(name: str, tmp: Path, **parameters) -> tuple[nbformat.NotebookNode, 
     places = {"{out}": str(tmp / "out"), "{clips}": str(home / "clips"), "{home}": str(home)}
     fill = lambda v: re.sub(r"\{(out|clips|home)\}", lambda m: places[m[0]], v) if isinstance(v, str) else v
     values = {k: fill(v) for k, v in {**REDUCED[name], **parameters}.items()}
+    home.mkdir()
     with_solutions(NBS / name, source)
     os.environ["AASP_HOME"] = str(home)
     spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
