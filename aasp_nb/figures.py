@@ -34,7 +34,8 @@ from .windows import FAMILIES, NORMALIZATIONS, figure2_curves, hz_to_rad, rad_to
 COLOURS = dict(black="#000000", orange="#E69F00", sky="#56B4E9", green="#009E73", yellow="#F0E442", blue="#0072B2",
     red="#D55E00", pink="#CC79A7", grey="#7f7f7f") # Okabe and Ito, and a grey
 LINES = ("-", "--", (0, (5, 1.5, 1, 1.5)), ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-STYLE = {"font.family": "DejaVu Sans", "font.size": 7.5, "axes.titlesize": 8, "axes.labelsize": 7.5, "legend.fontsize": 6.8,
+STYLE = {"font.family": "DejaVu Sans", "font.size": 7.5, "axes.titlesize": 8, "axes.labelsize": 7.5,
+    "legend.fontsize": 6.8,
     "xtick.labelsize": 6.8, "ytick.labelsize": 6.8, "axes.linewidth": 0.6, "lines.linewidth": 1.2, "axes.grid": True,
     "grid.linewidth": 0.3, "grid.color": "#cccccc", "axes.axisbelow": True, "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "savefig.dpi": 200,
@@ -87,7 +88,8 @@ class Caption:
 def caption_markdown(c: Caption) -> str:
     "One caption as Markdown."
     head = f"## {c.title}\n\n![{c.title}]({c.name}.png)\n\n{c.text}\n\n"
-    paper = f"- In the paper: {c.paper}. What differs: {c.differs or 'nothing known'}" if c.paper else "- Not in the paper."
+    paper = "- Not in the paper."
+    if c.paper: paper = f"- In the paper: {c.paper}. What differs: {c.differs or 'nothing known'}"
     return f"{head}{paper}\n- Files: `{c.name}.svg`, `{c.name}.png`. Made by `{c.notebook}`; seed: {c.seed}.\n"
 
 # %% ../nbs/16_figures.ipynb #66df15af
@@ -116,7 +118,8 @@ def draw_phase_sensitivity(
     "Left: magnitude over the phase of a tone at beta. Right: largest and smallest magnitude over tones, broad window."
     fig = new_figure(7.1, 2.5)
     left, right = fig.subplots(1, 2)
-    turn, tones = torch.linspace(0, 2 * math.pi, 361, dtype=torch.float64), torch.linspace(0, math.pi, 401, dtype=torch.float64)
+    turn, tones = (math.pi * torch.linspace(0, 1, n, dtype=torch.float64) for n in (361, 401))
+    turn = 2 * turn
     hz = rad_to_hz(tones, frame_rate).numpy()
     for p, colour, line in (("even", COLOURS["red"], "-"), ("signed", COLOURS["blue"], "--")):
         at = tone_response(alpha, beta, kernel_size, beta, turn, p).numpy()
@@ -128,8 +131,8 @@ def draw_phase_sensitivity(
         right.plot(hz, hi, color=colour, ls=line, label=f"{p}, peak at {hz[hi.argmax()]:.1f} Hz")
         right.plot(hz, lo, color=colour, ls=line, lw=0.6)
     right.axvline(beta * frame_rate / (2 * math.pi), color="k", lw=0.6, ls=":")
-    left.set(xlabel="phase of the tone (degrees)", ylabel="magnitude", xticks=range(0, 361, 90), ylim=(0, 1.25 * at.max()),
-        title=rf"a tone at the unit's own rate ($\alpha$ = {alpha}, $\beta$ = {beta})")
+    left.set(xlabel="phase of the tone (degrees)", ylabel="magnitude", xticks=range(0, 361, 90),
+        ylim=(0, 1.25 * at.max()), title=rf"a tone at the unit's own rate ($\alpha$ = {alpha}, $\beta$ = {beta})")
     right.set(xlabel="rate of the tone (Hz)", ylabel="magnitude", ylim=(0, None), xlim=(0, frame_rate / 2),
         title=rf"a broad window ($\alpha$ = {broad}), range over the phase")
     left.legend(loc="upper center", ncols=2); right.legend()
@@ -145,14 +148,16 @@ def draw_highpass(
     fig = new_figure(3.5, 2.4)
     ax = fig.subplots()
     rates = torch.logspace(-0.3, math.log10(frame_rate / 2), 600)
-    db = lambda r: 20 * np.log10(np.maximum(highpass_response(r, 1 / patch_frames, num_taps, frame_rate).abs().numpy(), 1e-6))
+    gain = lambda r: highpass_response(r, 1 / patch_frames, num_taps, frame_rate).abs().numpy()
+    db = lambda r: 20 * np.log10(np.maximum(gain(r), 1e-6))
     low = frame_rate / patch_frames / 2
     ax.axvspan(low, frame_rate / 2, color=COLOURS["sky"], alpha=0.25, lw=0, label="SBLU's band")
     ax.plot(rates, db(rates), color="k", label="high-pass, both passes")
     for f, offset in ((low, (7, -9)), (1.6 * low, (6, -11))):
         y = db(torch.tensor([f]))[0]
         ax.plot(f, y, "o", color=COLOURS["red"], ms=3.5)
-        ax.annotate(f"{y:.1f} dB at {f:g} Hz".replace("-", "\u2212"), (f, y), xytext=offset, textcoords="offset points", fontsize=6.8)
+        label = f"{y:.1f} dB at {f:g} Hz".replace("-", "\u2212")
+        ax.annotate(label, (f, y), xytext=offset, textcoords="offset points", fontsize=6.8)
     ax.set(xscale="log", ylim=(-60, 4), xlim=(0.5, frame_rate / 2), xlabel="modulation rate (Hz)", ylabel="gain (dB)",
         xticks=[0.5, 1, 2, 5, 10, 20, 50], xticklabels=["0.5", "1", "2", "5", "10", "20", "50"])
     ax.minorticks_off(); ax.legend(loc="lower right")
@@ -170,7 +175,8 @@ def unit_curves(
 ) -> np.ndarray: # [H, R] root mean square over the tone's phase, each unit's largest value 1 before the high-pass
     "How each unit answers to each rate, the high-pass in front of it included."
     tones, turn = hz_to_rad(rates, frame_rate)[:, None], torch.arange(32, dtype=torch.float64) * math.pi / 16
-    rows = [tone_response(float(a), float(b), kernel_size, tones, turn, phase).square().mean(1).sqrt() for a, b in zip(alpha, beta)]
+    answer = lambda a, b: tone_response(float(a), float(b), kernel_size, tones, turn, phase)
+    rows = [answer(a, b).square().mean(1).sqrt() for a, b in zip(alpha, beta)]
     rows = torch.stack([r / r.max() for r in rows])
     if patch_frames: rows = rows * highpass_response(rates, 1 / patch_frames, frame_rate=frame_rate).abs()
     return rows.numpy()
@@ -208,8 +214,9 @@ def draw_folding(
     left, right = fig.subplots(1, 2)
     rates = torch.linspace(0, frame_rate / 2, 2001)
     left.plot(rates, folding_map(rates, patch_frames, frame_rate)["folded"], color=COLOURS["blue"])
-    left.plot([0, frame_rate / patch_frames / 2], [0, frame_rate / patch_frames / 2], color="k", lw=2.2, label="kept as it is")
-    left.set(xlabel="modulation rate of the sound (Hz)", ylabel="rate in the tokens (Hz)", ylim=(0, 0.58 * frame_rate / patch_frames))
+    kept = [0, frame_rate / patch_frames / 2]
+    left.plot(kept, kept, color="k", lw=2.2, label="kept as it is")
+    left.set(xlabel="modulation rate of the sound (Hz)", ylabel="rate in the tokens (Hz)", ylim=(0, 1.16 * kept[1]))
     for kind, colour, line in (("first", "black", ":"), ("mean", "blue", "-"), ("random", "red", "--")):
         response = weight_response(rates, patch_weights(kind, patch_frames, 64)).square().mean(0).sqrt()
         name = dict(first="one frame", mean="average", random="random weights (rms of 64)")[kind]
@@ -262,7 +269,7 @@ def draw_windows(
     return fig
 
 # %% ../nbs/16_figures.ipynb #e31ecbe7
-BOX_COLOURS = dict(data="#ffffff", learned="#d7e9f5", fixed="#eeeeee", ours="#fbe5c8", loss="#f6d5c6") # pale enough for grey
+BOX_COLOURS = dict(data="#ffffff", learned="#d7e9f5", fixed="#eeeeee", ours="#fbe5c8", loss="#f6d5c6") # pale in grey
 
 # %% ../nbs/16_figures.ipynb #e61120f7
 def draw_box(
@@ -343,12 +350,15 @@ def overview_boxes(ax, n: dict, config: AaSPConfig) -> dict:
         vit=(47, 38, 14, 10, f"student ViT\n{n['depth']} blocks, D = {n['D']}\n{p['encoder']} in all", "learned"),
         tokens=(65, 45, 13, 7, f"{n['visible']} visible tokens\nper view", "data"),
         head=(80.7, 45, 8.6, 7, f"mean, MLP\nz: {n['z']}", "learned"),
-        predictor=(65, 32.5, 13.8, 9, f"{config.predictor}\npredictor, {p['predictor']}\n{n['queries']} queries", "learned"),
+        predictor=(65, 32.5, 13.8, 9, f"{config.predictor}\npredictor, {p['predictor']}\n{n['queries']} queries",
+            "learned"),
         cls=(65, 22.5, 10, 6, "CLS token", "data"),
         t_patch=(32, 7, 11, 10, f"{name}\nof the teacher", "fixed"),
         t_vit=(47, 7, 14, 10, f"teacher ViT\nall {n['N']} patches", "fixed"),
-        target=(65, 7, 13.8, 10, f"normalised layers,\naveraged\n{n['N']} × {n['D']}", "fixed"), mean=(82, 8.5, 7, 7, "mean", "fixed"),
-        l_con=(92, 45, 7.4, 7, r"$L_{\mathrm{con}}$", "loss"), l_mask=(92, 33.5, 7.4, 7, r"$L_{\mathrm{mask}}$", "loss"),
+        target=(65, 7, 13.8, 10, f"normalised layers,\naveraged\n{n['N']} × {n['D']}", "fixed"),
+        mean=(82, 8.5, 7, 7, "mean", "fixed"),
+        l_con=(92, 45, 7.4, 7, r"$L_{\mathrm{con}}$", "loss"),
+        l_mask=(92, 33.5, 7.4, 7, r"$L_{\mathrm{mask}}$", "loss"),
         l_cls=(92, 22, 7.4, 7, r"$L_{\mathrm{cls}}$", "loss"))
     return {k: draw_box(ax, *v[:5], kind=v[5]) for k, v in rows.items()}
 
@@ -360,11 +370,13 @@ def draw_overview(
     config = config or AaSPConfig.preset("base")
     fig, ax = canvas(7.1, 3.7, (100, 54))
     b = overview_boxes(ax, overview_numbers(config), config)
-    arrow = lambda a, z, sides="rl", at=(0.5, 0.5), **kw: draw_arrow(ax, port(b[a], sides[0], at[0]), port(b[z], sides[1], at[1]), **kw)
+    arrow = lambda a, z, sides="rl", at=(0.5, 0.5), **kw: draw_arrow(ax, port(b[a], sides[0], at[0]),
+                                                                     port(b[z], sides[1], at[1]), **kw)
     for pair in ("views patch", "patch vit", "tokens head", "head l_con", "cls l_cls", "t_patch t_vit", "t_vit target",
                  "target mean"): arrow(*pair.split())
     arrow("clip", "views", "tl", bend="vh"); arrow("clip", "t_patch", "bl", bend="vh")
-    arrow("vit", "tokens", "rl", (0.85, 0.5), via=((63, 46.5), (63, 48.5))); arrow("vit", "cls", "bl", (0.85, 0.5), bend="vh")
+    arrow("vit", "tokens", "rl", (0.85, 0.5), via=((63, 46.5), (63, 48.5)))
+    arrow("vit", "cls", "bl", (0.85, 0.5), bend="vh")
     arrow("tokens", "predictor", "bt", (0.5, 6.5 / 13.8)); arrow("predictor", "l_mask")
     arrow("mean", "l_cls", "rb", bend="hv")
     arrow("target", "l_mask", "rb", (0.8, 0.5), via=((80.3, 15), (80.3, 30.5), (95.7, 30.5)), bridge=True)
@@ -401,13 +413,16 @@ def architecture_boxes(ax, embed: AaPE, s: dict) -> dict:
     d = L.reduce.out_features
     rows = dict(
         x=(1, 22, 11, 8, f"log-mel\n{size('x')}", "data"),
-        standard=(14, 38, 15.6, 9, f"convolution\n{P[0]} × {P[1]}, stride {P[0]} × {P[1]}\n{million(embed.standard)} with positions", "learned"),
+        standard=(14, 38, 15.6, 9, f"convolution\n{P[0]} × {P[1]}, stride {P[0]} × {P[1]}\n"
+            f"{million(embed.standard)} with positions", "learned"),
         tokens=(32, 39, 12, 7, f"standard tokens\n{size('tokens')}", "data"),
-        lam=(47.5, 32.5, 16, 11, f"Lambda Encoder\nlinear to {d}, {len(L.blocks)} blocks,\nlinear, bounds\n{million(L)}", "ours"),
+        lam=(47.5, 32.5, 16, 11, f"Lambda Encoder\nlinear to {d}, {len(L.blocks)} blocks,\nlinear, bounds\n"
+            f"{million(L)}", "ours"),
         rates=(67, 34, 13, 8, "decay, frequency\n" + size("alpha"), "data"),
         hp=(15, 6, 12.5, 9, f"zero-phase\nhigh-pass\n2 × {embed.sblu.highpass_taps} taps", "fixed"),
         b=(30.2, 6, 12, 9, f"B: grouped 1 × 1\n{size('u')}", "learned"),
-        conv=(45, 5, 17, 11, f"adaptive convolution\ntwo-sided, K = {sblu.kernel['kernel_size']}\nmagnitude × gain\n{size('u')}", "ours"),
+        conv=(45, 5, 17, 11, f"adaptive convolution\ntwo-sided, K = {sblu.kernel['kernel_size']}\n"
+            f"magnitude × gain\n{size('u')}", "ours"),
         c=(65.5, 6, 13, 9, f"C: grouped 1 × 1\n{size('c')}\nGroupNorm ({sblu.rows})", "learned"),
         pool=(82, 6, 13, 9, f"depthwise\nkernel, stride {P[1]}\n{million(sblu)} in all", "learned"),
         aliasing=(82, 19.5, 13, 7, f"aliasing tokens\n{size('aliasing')}", "data"),
@@ -424,7 +439,8 @@ def draw_architecture(
     embed = embed or build_patch_embed(AaSPConfig.preset("base"))
     fig, ax = canvas(7.1, 3.6, (97, 52.5), 3.5)
     b = architecture_boxes(ax, embed, aape_shapes(embed, frames))
-    arrow = lambda a, z, sides="rl", at=(0.5, 0.5), **kw: draw_arrow(ax, port(b[a], sides[0], at[0]), port(b[z], sides[1], at[1]), **kw)
+    arrow = lambda a, z, sides="rl", at=(0.5, 0.5), **kw: draw_arrow(ax, port(b[a], sides[0], at[0]),
+                                                                     port(b[z], sides[1], at[1]), **kw)
     for pair in ("standard tokens", "lam rates", "hp b", "b conv", "conv c", "c pool"): arrow(*pair.split())
     for pair in ("pool aliasing", "aliasing fusion", "fusion fused"): arrow(*pair.split(), "tb")
     arrow("x", "standard", "tl", bend="vh"); arrow("x", "hp", "bl", bend="vh")
@@ -442,7 +458,8 @@ def clip_parameters(
 ) -> tuple: # logmel [F, T] in nats, alpha and beta [N_f, H, N_t] in rad per frame
     "Log-mel spectrogram of a clip and the decay and frequency that a patch embedding estimates for it."
     logmel = pad_or_trim(build_logmel(config)(wave)[0], frames or config.n_frames, math.log(config.log_floor))
-    with torch.no_grad(): alpha, beta = embed.eval().estimate(standardize(logmel, config.norm_mean, config.norm_std)[None])
+    x = standardize(logmel, config.norm_mean, config.norm_std)
+    with torch.no_grad(): alpha, beta = embed.eval().estimate(x[None])
     return logmel, alpha[0], beta[0]
 
 # %% ../nbs/16_figures.ipynb #7e1df148
@@ -451,7 +468,7 @@ def parameter_statistics(
     beta: torch.Tensor, # [N_f, H, N_t] frequency, rad per frame
     patch_frames: int = 16, # P_t, sets the band
 ) -> dict: # `spread` 0 to 1 and `skew`
-    "The paper's two claims as numbers: how evenly frequency fills the band (normalised entropy), and how skewed decay is."
+    "The paper's two claims as numbers: how evenly frequency fills the band (normalised entropy), how skewed decay is."
     lo, hi = beta_bounds(patch_frames)
     share = np.histogram(beta.numpy(), bins=16, range=(lo - 1e-6, hi + 1e-6))[0] / beta.numel()
     entropy = -(share[share > 0] * np.log(share[share > 0])).sum() / math.log(16)
@@ -463,10 +480,11 @@ def parameter_statistics(
 def parameter_panel(ax, side, values, bounds, label, colour):
     "All values of each time patch as points with their median, and their distribution beside it."
     N_t = values.shape[-1]
-    flat = values.permute(2, 0, 1).reshape(N_t, -1).numpy().round(4)  # rounded: the same file whatever the threads summed first
+    flat = values.permute(2, 0, 1).reshape(N_t, -1).numpy().round(4)  # the same file whatever the threads summed first
     jitter = np.linspace(-0.35, 0.35, flat.shape[1])
-    ax.plot((np.arange(N_t)[:, None] + 0.5 + jitter).ravel(), flat.ravel(), ".", ms=1.2, color=colour, alpha=0.5, rasterized=True)
-    ax.step(np.arange(N_t + 1), np.append(np.median(flat, 1), np.median(flat[-1])), where="post", color="k", lw=1.1, label="median")
+    place, middle = (np.arange(N_t)[:, None] + 0.5 + jitter).ravel(), np.median(flat, 1)
+    ax.plot(place, flat.ravel(), ".", ms=1.2, color=colour, alpha=0.5, rasterized=True)
+    ax.step(np.arange(N_t + 1), np.append(middle, middle[-1]), where="post", color="k", lw=1.1, label="median")
     ax.set(ylim=bounds, ylabel=label)
     side.hist(flat.ravel(), bins=32, range=bounds, orientation="horizontal", color=colour, density=True)
     side.set(ylim=bounds, xticks=[], yticklabels=[]); side.grid(False)
@@ -483,18 +501,21 @@ def draw_patch_parameters(
     fig = new_figure(7.1, 4.6)
     axes = fig.subplots(3, 2, width_ratios=(9, 1), height_ratios=(1.2, 1, 1))
     T = logmel.shape[1]
-    image = axes[0, 0].imshow(logmel.numpy(), origin="lower", aspect="auto", cmap="magma", extent=(0, alpha.shape[2], 0, logmel.shape[0]))
+    image = axes[0, 0].imshow(logmel.numpy(), origin="lower", aspect="auto", cmap="magma",
+        extent=(0, alpha.shape[2], 0, logmel.shape[0]))
     axes[0, 1].axis("off"); axes[0, 0].grid(False)
     fig.colorbar(image, cax=axes[0, 1].inset_axes((0, 0, 0.15, 1)), label="log energy (nats)")
     axes[0, 0].set(ylabel="mel band", title=title)
     top = round(float(torch.quantile(alpha.flatten(), 0.999)) * 1.25, 3)
     parameter_panel(axes[1, 0], axes[1, 1], alpha, (0, top), "decay (rad / frame)", COLOURS["red"])
     lo, hi = (b * frame_rate / (2 * math.pi) for b in beta_bounds(T // alpha.shape[2]))
-    parameter_panel(axes[2, 0], axes[2, 1], beta * frame_rate / (2 * math.pi), (lo, hi), "frequency (Hz)", COLOURS["blue"])
+    hz = beta * frame_rate / (2 * math.pi)
+    parameter_panel(axes[2, 0], axes[2, 1], hz, (lo, hi), "frequency (Hz)", COLOURS["blue"])
     for ax in axes[:, 0]: ax.set_xlim(0, alpha.shape[2])
     ticks = np.arange(0, alpha.shape[2] + 1, max(1, alpha.shape[2] // 8))
     for ax in axes[:2, 0]: ax.set(xticks=ticks, xticklabels=[])
-    axes[2, 0].set(xlabel="time (s)", xticks=ticks, xticklabels=[f"{t * T / alpha.shape[2] / frame_rate:.2f}" for t in ticks])
+    labels = [f"{t * T / alpha.shape[2] / frame_rate:.2f}" for t in ticks]
+    axes[2, 0].set(xlabel="time (s)", xticks=ticks, xticklabels=labels)
     axes[1, 0].legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
     return fig
 
@@ -509,7 +530,8 @@ def draw_learned_frequencies(
     fig = new_figure(3.5, 3.1)
     ax = fig.subplots()
     hz = frame_rate / (2 * math.pi)
-    x, q = initial.flatten().numpy() * hz, torch.quantile(learned.flatten(0, 1), torch.tensor([0.05, 0.5, 0.95]), dim=1).numpy() * hz
+    q = torch.quantile(learned.flatten(0, 1), torch.tensor([0.05, 0.5, 0.95]), dim=1)
+    x, q = ((v.numpy() * hz).round(3) for v in (initial.flatten(), q))  # as above: the same file
     ax.plot([0, frame_rate / 2], [0, frame_rate / 2], color="k", lw=0.7, ls="--", label="unchanged")
     ax.vlines(x, q[0], q[2], color=COLOURS["sky"], lw=0.8)
     ax.plot(x, q[1], "o", ms=2.4, color=COLOURS["blue"], label="median of a unit")
