@@ -79,19 +79,19 @@ def with_solutions(source: Path, target: Path) -> int:
 def prepare(name: str, home: Path) -> None:
     "What a notebook reads that other notebooks write: two short runs, a table of results."
     from aasp_nb.clips import write_clips
-    write_clips(home / "clips", per_class=6, seed=0, seconds=0.5)
+    write_clips(home / "sounds", per_class=6, seed=0, seconds=0.5)
     if name in ("runs/compare_runs.ipynb", "runs/tables.ipynb"):
         from aasp_nb.pretraining import AaSPConfig
         from aasp_nb.training import pretrain
         for i, lr in enumerate((1e-3, 2e-3) if "compare" in name else ()):
             small = AaSPConfig.preset("tiny", depth=1, warmup_steps=1, crop_seconds=0.5, n_frames=None, lr=lr, **TINY)
-            pretrain(small, home / "clips", home / "runs" / f"run{i}", device="cpu", workers=0, log_every=1, progress="none")
+            pretrain(small, home / "sounds", home / "runs" / f"run{i}", device="cpu", workers=0, log_every=1, progress="none")
 
 
 def execute(name: str, tmp: Path, **parameters) -> tuple[nbformat.NotebookNode, float]:
     "Run a notebook from an unrelated folder, its own AASP_HOME; the executed notebook and its processor time in seconds."
     home, source, before = tmp / "home", tmp / "source.ipynb", os.environ.get("AASP_HOME")
-    places = {"{out}": str(tmp / "out"), "{clips}": str(home / "clips"), "{home}": str(home)}
+    places = {"{out}": str(tmp / "out"), "{clips}": str(home / "sounds"), "{home}": str(home)}
     fill = lambda v: re.sub(r"\{(out|clips|home)\}", lambda m: places[m[0]], v) if isinstance(v, str) else v
     values = {k: fill(v) for k, v in {**REDUCED[name], **parameters}.items()}
     home.mkdir()
