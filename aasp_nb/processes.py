@@ -171,7 +171,7 @@ def _member(function, folder: str, parent: int, device: str, args: tuple):
 @contextlib.contextmanager
 def _quiet_launcher():
     "Keep torch's launcher from telling every kill as a traceback."
-    loggers = [logging.getLogger(n) for n in logging.root.manager.loggerDict if n.startswith("torch.distributed.elastic")]
+    loggers = [logging.getLogger(n) for n in logging.root.manager.loggerDict if n.startswith(("torch.distributed.elastic", "torch.multiprocessing"))]
     levels = [x.level for x in loggers]
     for x in loggers: x.setLevel(logging.CRITICAL + 1)
     try: yield

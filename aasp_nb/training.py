@@ -12,7 +12,7 @@ __all__ = ['NO_DECAY', 'CHECKPOINT_FORMAT', 'MEASURED', 'param_groups', 'make_op
            'check_processes', 'pretrain', 'restore', 'write_results', 'plot_metrics', 'notebook_parameters']
 
 # %% ../nbs/10_training.ipynb #8bb7b9df
-import ast, contextlib, csv, difflib, fcntl, hashlib, json, math, os, platform, shutil, signal, subprocess, sys, time, warnings, weakref
+import ast, contextlib, csv, difflib, fcntl, gc, hashlib, json, math, os, platform, shutil, signal, subprocess, sys, time, warnings, weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
@@ -1135,7 +1135,9 @@ def pretrain(
         dataset = prepare_data(config, data, cache)
         config = prepare_run(run, config, dataset, device)
         if processes == 1: return _train(run, config, dataset, device, **kw)
-    finally: run.close()  # the first of several processes takes it over
+    finally:
+        run.close()  # the first of several processes takes it over
+        if device.type == "cuda": gc.collect(); torch.cuda.empty_cache()
     source = data if isinstance(data, AudioDataset) else dataset.manifest
     args = (config, source, run.path, device.type, isinstance(dataset.reader, CachedReader), max(1, torch.get_num_threads() // processes), kw)
     return start_processes(_take_part, processes, args, device.type, tick=Picture(run.path).tick if kw.get("progress") != "none" else None,
