@@ -21,6 +21,7 @@ TINY = dict(steps=2, batch_size=4, views=2)
 REDUCED = {
     "runs/ablations.ipynb": dict(data="{clips}", labelled="{clips}", tables="VII", steps=2, probe_steps=5, keep_runs=False,
                                  overrides='{"batch_size": 4, "views": 2, "depth": 1, "embed_dim": 48}', device="cpu"),
+    "runs/bench_data.ipynb": dict(clips=10, seconds=0.6, batch_size=4, rounds=1, workers="0", out_dir="{out}"),
     "runs/bench_sblu.ipynb": dict(batch=1, channels=8, frames=64, kernel_sizes="31", threads=1, rounds=1, seconds=0.2,
                                   compile_reference=False, out_dir="{out}"),
     "runs/bench_training.ipynb": dict(preset="tiny", batch=1, views=2, threads=1, rounds=1, out_dir="{out}"),
