@@ -26,7 +26,6 @@ from .audio import AudioError
 from .hub import AaSPEncoder, as_wave
 from .patch_embed import AaPE
 from .pretraining import AaSPConfig, build_encoder
-from .sblu_ops import use_backend
 
 # %% ../nbs/19_doors.ipynb #8d9bdedf
 DEMO = Path(aasp_nb.__file__).parent / "assets" / "demo_checkpoint_generated_clips"
@@ -307,19 +306,20 @@ class _LogmelToTokens(nn.Module):
     def forward(self, logmel): return self.encoder(logmel)
 
 # %% ../nbs/19_doors.ipynb #713e7a5f
-def _traced(encoder, frames, rows):
+def _traced(encoder, rows, columns):
     "The ONNX program of an encoder, its SBLU as the plain sum."
     sblu = getattr(encoder.patch_embed, "sblu", None)
     kept = sblu.kernel["backend"] if sblu is not None else None
-    free = {"logmel": {0: torch.export.Dim("batch"), 2: encoder.patch_embed.patch_size[1] * torch.export.Dim("columns")}}
-    example = torch.zeros(2, rows, frames, device=encoder.cls_token.device)
+    width = encoder.patch_embed.patch_size[1]
+    free = {"logmel": {0: torch.export.Dim("batch"), 2: width * torch.export.Dim("columns", max=columns)}}
+    example = torch.zeros(2, rows, 3 * width, device=encoder.cls_token.device)
     try:
         if sblu is not None: sblu.kernel["backend"] = "reference"
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the tracer, about itself
-            encoder(example)  # fills the caches with real tensors: tracing would leave its own in them
-            return torch.onnx.export(_LogmelToTokens(encoder).eval(), (example,), dynamo=True, verbose=False,
-                                     input_names=["logmel"], output_names=["tokens"], dynamic_shapes=free,
+            encoder(example)  # fills the caches with real tensors, where tracing would leave its own
+            graph = torch.export.export(_LogmelToTokens(encoder).eval(), (example,), dynamic_shapes=free)
+            return torch.onnx.export(graph, dynamo=True, verbose=False, input_names=["logmel"], output_names=["tokens"],
                                      custom_translation_table=_onnx_hypot())
     finally:
         if sblu is not None: sblu.kernel["backend"] = kept
@@ -333,8 +333,8 @@ def export_onnx(
     try: import onnx, onnxscript  # noqa: F401
     except ImportError as e: raise ImportError(f"ONNX export needs onnx and onnxscript ({e}): pip install onnx onnxscript") from e
     model = model if isinstance(model, AaSPEncoder) else open_encoder(model)
-    path, frames = Path(path).expanduser(), 3 * model.config.patch_size[1]
-    program = _traced(model.encoder, frames, model.config.n_mels)
+    path = Path(path).expanduser()
+    program = _traced(model.encoder, model.config.n_mels, model.config.grid[1])
     program.model.metadata_props.update(aasp_config=json.dumps(model.config.to_dict()))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -111,7 +111,7 @@ def forward_features(self: AudioViT,
         raise ValueError(f'return_layers must be None, "block" or "ffn", got {return_layers!r}')
     tokens, keep = self.embed(x, visible, padding)
     if cls:
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
+        tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], 1)
         if keep is not None: keep = F.pad(keep, (1, 0), value=True)
     mask, tokens, layers = key_mask(keep), self.norm_pre(tokens), []
     views = (lambda t: t) if visible is None else (lambda t: t.unflatten(0, visible.shape[:2]))

@@ -418,7 +418,7 @@ def spectrum(self: AdaptiveSBLU,
     grid = (self.rows, u.shape[-1] // self.patch_size[1])
     if visible is not None: return sblu_patches(u, alpha, beta, visible, grid, **self.kernel)
     rates = [r.reshape(-1, *grid, self.hidden).transpose(2, 3).flatten(1, 2) for r in (alpha, beta)]
-    y = adaptive_sblu(u, *rates, **self.kernel).view(len(u), self.rows, self.hidden, grid[1], -1)
+    y = adaptive_sblu(u, *rates, **self.kernel).view(u.shape[0], self.rows, self.hidden, grid[1], -1)
     return y.transpose(2, 3).flatten(1, 2)[:, None]
 
 # %% ../nbs/03_patch_embed.ipynb #b9f022cf
@@ -433,7 +433,7 @@ def tail(self: AdaptiveSBLU,
     row = torch.arange(n, device=y.device).div(n // self.rows, rounding_mode="floor") if full else rows.flatten(0, 1)
     y, exact = y.flatten(0, 1), torch.promote_types(y.dtype, torch.float32)
     keep = None if keep is None else keep.flatten(0, 1)
-    member = F.one_hot(row, self.rows).to(exact).expand(len(y), -1, -1)
+    member = F.one_hot(row, self.rows).to(exact).expand(y.shape[0], -1, -1)
     weight, gain, bias = fuse_tail(self.c, self.norm, self.pool)
     with torch.autocast(y.device.type, enabled=False):
         c = self.c.weight[..., 0].unflatten(0, (self.rows, -1)).to(exact)
@@ -550,7 +550,7 @@ def prepare(self: AaPE,
     tokens = self.standard(x, None if shared else visible)
     if visible is None:
         tokens, place = tokens[:, None], place[:, None]
-        index = torch.arange(tokens.shape[2], device=x.device).expand(len(x), 1, -1)
+        index = torch.arange(tokens.shape[2], device=x.device).expand(x.shape[0], 1, -1)
     elif shared: check_visible(visible, *tokens.shape[:2])
     else: place = place[0][visible]
     placed = tokens + place
