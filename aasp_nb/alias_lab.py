@@ -485,4 +485,8 @@ def alias_picture(
         ax = fig.add_subplot(place)
         scene.on_axes(ax, legend=scene is not scenes[0])
         ax.minorticks_off()
+    low, high = fig.axes[1].get_ylim()  # room for a legend, and no word about clicks on paper
+    fig.axes[1].set_ylim(low, high + 0.3 * (high - low))
+    fig.axes[1].legend(ncols=4, loc="upper right", fontsize=7, frameon=False)
+    fig.axes[0].set_title(scenes[0].spec["title"].split(":")[0], fontsize=10, loc="left", fontweight="bold")
     return fig
