@@ -166,7 +166,7 @@ FIELDS = dict(
     checkpoint=Field("trained", "checkpoint", choices=("trained", "untrained", "non-adaptive", "file")),
     checkpoint_path=Field("", "checkpoint path", help="for checkpoint = file"),
     band=Field(4, "frequency patch", 0, 7, 1, help="0: lowest 16 mel bands"),
-    unit=Field(0, "unit", 0, 16, 1, help="0: all units"),
+    unit=Field(0, "unit (0: all)", 0, 16, 1, help="one unit in red, or all"),
     time_patch=Field(12, "time patch", 0, 37, 1, help="click a drawing to choose one"),
     whole=Field(True, "histograms over all frequency patches"))
 PRESETS = {"Modulated tone, trained": dict(), "Modulated tone, untrained": dict(checkpoint="untrained"),
@@ -272,8 +272,8 @@ def histogram_scenes(
     c, state = result["config"], result["state"]
     low, high = (float(v) for v in beta_bounds(c.patch_size[1]))
     part = slice(None) if state["whole"] else state["band"]
-    sets = dict(this=(result, "#111", (), 2.4), untrained=(result["fresh"], PALETTE["orange"], (6, 3), 1.6),
-                noise=(result["noise"], PALETTE["blue"], (2, 2), 1.6))
+    sets = {"this clip": (result, "#111", (), 2.4), "white noise": (result["noise"], PALETTE["blue"], (2, 2), 1.6),
+            "untrained weights": (result["fresh"], PALETTE["orange"], (6, 3), 1.6)}
     top = float(max(np.quantile(e["alpha"], 0.999) for e, *_ in sets.values())) * 1.15
     scenes = []
     for key, edges, x in (("alpha", np.linspace(0, top, 41), axis("decay \u03b1 (1/frame)", (0, top))),
@@ -300,7 +300,7 @@ def kernel_scene(
     taps, m = kernel_taps(a, b, c.kernel_size, c.phase).real.numpy(), np.arange(c.kernel_size) - c.kernel_size // 2
     step = c.patch_size[1] / c.frame_rate
     s = Scene(axis("lag (frames of 10 ms)", (m[0], m[-1])), axis("real part", (-1.05, 1.05)),
-              f"Kernels of frequency patch {state['band']}, {p * step:.2f} to {(p + 1) * step:.2f} s", 190,
+              f"Kernels of frequency patch {state['band']}, {p * step:.2f} to {(p + 1) * step:.2f} s (darker: faster)", 190,
               aria="Kernels of the patch")
     order = np.argsort(b.numpy())
     shades = ["#9ecae1", "#6baed6", "#3182bd", "#08519c"]

@@ -407,6 +407,7 @@ class WindowDashboard(Dashboard):
     def compute(self, state): return compute_windows(state)
 
     def draw(self, result):
+        for n in ("alpha", "inv_sigma"): self.controls[n].disabled = self.state["matching"] != "by hand"
         spectrum, gradient = offset_scenes(result, self.group)
         for name, scene in dict(spectrum=spectrum, gradient=gradient, response=response_scene(result, self.group + "b"),
                                 race=race_scene(result)).items(): self.plots[name].show(scene)
