@@ -322,7 +322,8 @@ function ticksOf(axis, count) {
   if (axis.ticks) return axis.ticks;
   const [lo, hi] = axis.lim;
   if (axis.scale !== 'log') return niceTicks(lo, hi, count).map(v => [v, text(v)]);
-  const up = k => String(k).split('').map(c => '\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079'[c] ?? '\u207b').join('');
+  const digits = '\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079';
+  const up = k => String(k).split('').map(c => digits[c] ?? '\u207b').join('');
   return logTicks(lo, hi).map(v => [v, hi / lo > 1e3 ? '10' + up(Math.round(Math.log10(v))) : text(v)]);
 }
 """
@@ -733,6 +734,7 @@ function render({ model, el }) {
   button.onclick = () => { if (!audio.paused) { audio.pause(); audio.currentTime = 0;
     } else audio.play().catch(() => {}); };
   for (const e of ['play', 'pause', 'ended']) audio.addEventListener(e, show);
+  audio.addEventListener('play', () => { box.dataset.plays = 1 + +(box.dataset.plays || 0); });
   name.append('volume ', range); box.append(button, name);
   const play = () => setTimeout(() => { if (url) { audio.currentTime = 0; audio.play().catch(() => {}); } }, 0);
   model.on('change:wav', load); model.on('change:label', show); model.on('change:plays', play); load();
