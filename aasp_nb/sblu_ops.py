@@ -15,10 +15,10 @@ __all__ = ['LANES', 'STEP', 'POWER_RE', 'POWER_IM', 'SLOPE_RE', 'SLOPE_IM', 'LAS
            'magnitude', 'magnitudes', 'phasor', 'frame_gradients', 'turn_state', 'leave_state', 'add_row',
            'adjoint_inside', 'adjoint_quiet', 'adjoint_slide', 'direct_frame', 'direct_outputs', 'direct_gradients',
            'cpu_forward', 'patch_gradients', 'cpu_backward', 'WorkerPool', 'ready_kernel', 'numba_call', 'jit',
-           'lane_row', 'lane_sample', 'lane_power', 'lane_gain', 'lane_size', 'lane_direct', 'gpu_forward',
-           'gpu_slide_left', 'gpu_gradients', 'gpu_adjoint', 'gpu_direct_backward', 'gpu_backward', 'triton_launch',
-           'triton_forward', 'triton_backward', 'all_tokens', 'visible_tokens', 'last_backend', 'use_backend',
-           'asked_backend', 'pick_backend', 'working', 'adaptive_sblu_op', 'dense_geometry',
+           'lane_row', 'lane_sample', 'lane_power', 'lane_gain', 'lane_size', 'lane_direct', 'gpu_sums_left',
+           'gpu_forward', 'gpu_slide_left', 'gpu_gradients', 'gpu_adjoint', 'gpu_direct_backward', 'gpu_backward',
+           'triton_launch', 'triton_forward', 'triton_backward', 'all_tokens', 'visible_tokens', 'last_backend',
+           'use_backend', 'asked_backend', 'pick_backend', 'working', 'adaptive_sblu_op', 'dense_geometry',
            'adaptive_sblu_backward_op', 'save_dense', 'dense_gradients', 'no_vmap', 'adaptive_sblu', 'gather_windows',
            'patches_direct', 'torch_patches_backward', 'sparse_geometry', 'check_index', 'sblu_patches_op',
            'sblu_patches_backward_op', 'save_sparse', 'sparse_gradients', 'check_patches', 'sblu_patches']
@@ -154,8 +154,8 @@ def guarded_backward(dy, x, alpha, beta, c, delta, phase):
     dx, da, db = patch_backward(dy, x, alpha, beta, c, delta, phase)
     bad = ~(x.isfinite().all(-1) & dy.isfinite().all(-1))
     if bad.any():
-        parts = patch_backward(dy[bad], x[bad], alpha[bad], beta[bad], c, delta, phase, window_sums_direct, adjoint_sums_direct)
-        dx[bad], da[bad], db[bad] = parts
+        few, direct = (t[bad] for t in (dy, x, alpha, beta)), (window_sums_direct, adjoint_sums_direct)
+        dx[bad], da[bad], db[bad] = patch_backward(*few, c, delta, phase, *direct)
     return dx, da, db
 
 # %% ../nbs/02a_sblu_ops.ipynb #fa77a9d8
@@ -175,7 +175,7 @@ def torch_backward(dy, u, alpha, beta, c, delta, phase):
 
 # %% ../nbs/02a_sblu_ops.ipynb #54b8c366
 LANES, STEP = 16, 8  # channels done at once; samples per step of Horner's rule
-# rows (of LANES numbers) in the table of a patch: r^0 .. r^STEP, j r^j for j < STEP, r^(c+1), the gain and its derivatives
+# rows of a patch's table: r^0 .. r^STEP, j r^j for j < STEP, r^(c+1), the gain and its derivatives
 POWER_RE, POWER_IM = 0, STEP + 1
 SLOPE_RE, SLOPE_IM = 2 * STEP + 2, 3 * STEP + 2
 LAST_RE, LAST_IM = 4 * STEP + 2, 4 * STEP + 3
@@ -221,7 +221,8 @@ def row_op(rule):
 def row_pointer(context, builder, array, data, at):
     "Address of element `at` of a flat array as that of a row, and its alignment in bytes."
     start = numba.np.arrayobj.make_array(array)(context, builder, data).data
-    return builder.bitcast(builder.gep(start, [at]), row_vector(context, array.dtype).as_pointer()), array.dtype.bitwidth // 8
+    place = builder.bitcast(builder.gep(start, [at]), row_vector(context, array.dtype).as_pointer())
+    return place, array.dtype.bitwidth // 8
 
 # %% ../nbs/02a_sblu_ops.ipynb #112f80df
 @row_op
@@ -239,7 +240,8 @@ def put_row(typing, array, index, value):
     "array's row `index` = value, in the array's precision."
     def code(context, builder, signature, args):
         array, vector = signature.args[0], row_vector(context, signature.args[0].dtype)
-        place, align = row_pointer(context, builder, array, args[0], builder.mul(args[1], ir.Constant(args[1].type, LANES)))
+        at = builder.mul(args[1], ir.Constant(args[1].type, LANES))
+        place, align = row_pointer(context, builder, array, args[0], at)
         have, want = signature.args[2].element.bitwidth, array.dtype.bitwidth
         row = args[2] if have == want else (builder.fptrunc if have > want else builder.fpext)(args[2], vector)
         builder.store(row, place, align=align)
@@ -332,14 +334,16 @@ def transpose_block(typing, source, at, stride, target, to, step):
             for l in range(LANES):
                 start = builder.add(at, builder.mul(stride, ir.Constant(at.type, l)))
                 yield row_pointer(context, builder, array, data, start)
-        def mix(a, b, lanes): return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
+        places_of = ir.VectorType(ir.IntType(32), LANES)
+        def mix(a, b, lanes): return builder.shuffle_vector(a, b, ir.Constant(places_of, lanes))
         rows = [builder.load(place, align=align) for place, align in places(signature.args[0], *args[:3])]
         for k in (1, 2, 4, 8):
             for i in (i for i in range(LANES) if not i & k):
                 a, b = rows[i], rows[i + k]
                 rows[i] = mix(a, b, [LANES + l - k if l & k else l for l in range(LANES)])
                 rows[i + k] = mix(a, b, [LANES + l if l & k else l + k for l in range(LANES)])
-        for row, (place, align) in zip(rows, places(signature.args[3], *args[3:])): builder.store(row, place, align=align)
+        for row, (place, align) in zip(rows, places(signature.args[3], *args[3:])):
+            builder.store(row, place, align=align)
         return context.get_dummy_value()
     whole = numba.types.intp
     return numba.types.void(source, whole, whole, target, whole, whole), code
@@ -834,8 +838,8 @@ def ready_kernel(kernel, args):
     if key in ready_kernels: return kernel
     with compile_lock:
         if key in ready_kernels: return kernel
-        say = threading.Timer(1.0, print, (f"aasp_nb: compiling {kernel.__name__} for {args[0].dtype}, once per machine ...",),
-                              dict(file=sys.stderr, flush=True))
+        text = f"aasp_nb: compiling {kernel.__name__} for {args[0].dtype}, once per machine ..."
+        say = threading.Timer(1.0, print, (text,), dict(file=sys.stderr, flush=True))
         say.daemon = True
         say.start()
         try: kernel.compile(tuple(numba.typeof(a) for a in args))
@@ -935,6 +939,23 @@ def lane_direct(u, row, at, T, c, ok, a, b, sign, dtype: tl.constexpr):
         er, ei = er + m * wr * diff, ei + m * wi * both
     return yr, yi, dr, di, er, ei
 
+# %% ../nbs/02a_sblu_ops.ipynb #bd151730
+@jit
+def gpu_sums_left(u, row, s, T, P, c, ok, rr, li, qr, qi, mine, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    "Left sums of every frame into the scratch area; returns 0 where they are finite, else NaN."
+    sr, si = tl.zeros_like(rr), tl.zeros_like(rr)
+    for m in range(0, c + 1):
+        x = lane_sample(u, row, s - c + m, T, ok, dtype)
+        sr, si = rr * sr - li * si + x, rr * si + li * sr
+    tl.store(mine, sr)
+    tl.store(mine + BLOCK, si)
+    for i in range(1, P):
+        x, old = lane_sample(u, row, s + i, T, ok, dtype), lane_sample(u, row, s + i - 1 - c, T, ok, dtype)
+        sr, si = rr * sr - li * si + x - qr * old, rr * si + li * sr - qi * old
+        tl.store(mine + 2 * i * BLOCK, sr)
+        tl.store(mine + (2 * i + 1) * BLOCK, si)
+    return (sr - sr) + (si - si)
+
 # %% ../nbs/02a_sblu_ops.ipynb #dfc83d86
 @jit
 def gpu_forward(u, alpha, beta, index, y, scratch, total, T, P, c, n_t, n_f, units, per_clip, delta, sign,
@@ -947,25 +968,14 @@ def gpu_forward(u, alpha, beta, index, y, scratch, total, T, P, c, n_t, n_f, uni
         lane = (block * BLOCK + offs).to(tl.int64)
         inside = lane < total
         row, patch, ok = lane_row(lane, inside, index, n_t, n_f, units, per_clip, SPARSE)
-        alphas, betas = tl.load(alpha + lane, mask=inside, other=1).to(dtype), tl.load(beta + lane, mask=inside, other=1).to(dtype)
+        alphas = tl.load(alpha + lane, mask=inside, other=1).to(dtype)
+        betas = tl.load(beta + lane, mask=inside, other=1).to(dtype)
         a, b, s = alphas * delta, betas * delta, patch * P
         rr, ri = lane_power(a, b, 1)
         qr, qi = lane_power(a, b, c + 1)
         g, ga, gb = lane_gain(alphas, betas, delta)
-        li = ri * sign
-        sr, si = tl.zeros_like(a), tl.zeros_like(a)
-        for m in range(0, c + 1):
-            x = lane_sample(u, row, s - c + m, T, ok, dtype)
-            sr, si = rr * sr - li * si + x, rr * si + li * sr
-        tl.store(mine, sr)
-        tl.store(mine + BLOCK, si)
-        for i in range(1, P):
-            x, old = lane_sample(u, row, s + i, T, ok, dtype), lane_sample(u, row, s + i - 1 - c, T, ok, dtype)
-            sr, si = rr * sr - li * si + x - qr * old, rr * si + li * sr - sign * qi * old
-            tl.store(mine + 2 * i * BLOCK, sr)
-            tl.store(mine + (2 * i + 1) * BLOCK, si)
+        seen = gpu_sums_left(u, row, s, T, P, c, ok, rr, ri * sign, qr, qi * sign, mine, BLOCK, dtype)
         tl.debug_barrier()
-        seen = (sr - sr) + (si - si)
         sr, si = tl.zeros_like(a), tl.zeros_like(a)
         for m in range(0, c):  # r^1 .. r^c of what lies ahead of the last frame
             x = lane_sample(u, row, s + P - 1 + c - m, T, ok, dtype)
@@ -1009,7 +1019,8 @@ def gpu_slide_left(u, row, s, T, P, c, ok, rr, li, qr, qi, mine, BLOCK: tl.const
 
 # %% ../nbs/02a_sblu_ops.ipynb #df4c9741
 @jit
-def gpu_gradients(u, dy, row, s, lane, inside, T, P, c, ok, rr, ri, qr, qi, g, sign, mine, BLOCK: tl.constexpr, dtype: tl.constexpr):
+def gpu_gradients(u, dy, row, s, lane, inside, T, P, c, ok, rr, ri, qr, qi, g, sign, mine,
+                  BLOCK: tl.constexpr, dtype: tl.constexpr):
     "Right sums; gradients of every frame into rows 0 and 1 of the scratch area; sums for the parameters."
     zero = tl.zeros_like(rr)
     sr, si, dr, di, size_sum, da, db, seen = zero, zero, zero, zero, zero, zero, zero, zero
@@ -1045,8 +1056,10 @@ def gpu_adjoint(du, row, s, T, P, c, ok, rr, ri, qr, qi, mine, side: tl.constexp
         k = i if side > 0 else P - 1 - i
         out = i - c - 1 if side > 0 else P + c - i
         enters, leaves, at = ok & (k >= 0) & (k < P), ok & (out >= 0) & (out < P), s + k
-        gr, gi = tl.load(mine + 4 * k * BLOCK, mask=enters, other=0), tl.load(mine + (4 * k + 1) * BLOCK, mask=enters, other=0)
-        hr, hi = tl.load(mine + 4 * out * BLOCK, mask=leaves, other=0), tl.load(mine + (4 * out + 1) * BLOCK, mask=leaves, other=0)
+        gr = tl.load(mine + 4 * k * BLOCK, mask=enters, other=0)
+        gi = tl.load(mine + (4 * k + 1) * BLOCK, mask=enters, other=0)
+        hr = tl.load(mine + 4 * out * BLOCK, mask=leaves, other=0)
+        hi = tl.load(mine + (4 * out + 1) * BLOCK, mask=leaves, other=0)
         tr, ti = rr * er - ri * ei, rr * ei + ri * er
         er, ei = tr + gr - (qr * hr + qi * hi), ti - gi - (qi * hr - qr * hi)
         give = er - gr if side > 0 else er
@@ -1086,14 +1099,16 @@ def gpu_backward(u, alpha, beta, index, dy, du, da, db, scratch, total, T, P, c,
         lane = (block * BLOCK + offs).to(tl.int64)
         inside = lane < total
         row, patch, ok = lane_row(lane, inside, index, n_t, n_f, units, per_clip, SPARSE)
-        alphas, betas = tl.load(alpha + lane, mask=inside, other=1).to(dtype), tl.load(beta + lane, mask=inside, other=1).to(dtype)
+        alphas = tl.load(alpha + lane, mask=inside, other=1).to(dtype)
+        betas = tl.load(beta + lane, mask=inside, other=1).to(dtype)
         a, b, s = alphas * delta, betas * delta, patch * P
         rr, ri = lane_power(a, b, 1)
         qr, qi = lane_power(a, b, c + 1)
         g, ga, gb = lane_gain(alphas, betas, delta)
         seen = gpu_slide_left(u, row, s, T, P, c, ok, rr, ri * sign, qr, qi * sign, mine, BLOCK, dtype)
         tl.debug_barrier()
-        size, a_sum, b_sum, more = gpu_gradients(u, dy, row, s, lane, inside, T, P, c, ok, rr, ri, qr, qi, g, sign, mine, BLOCK, dtype)
+        size, a_sum, b_sum, more = gpu_gradients(u, dy, row, s, lane, inside, T, P, c, ok, rr, ri, qr, qi, g, sign,
+                                                 mine, BLOCK, dtype)
         tl.debug_barrier()
         bad = ok & ((seen + more) != 0)
         good = ok & ((seen + more) == 0)
@@ -1114,7 +1129,8 @@ def triton_launch(kernel, rows, tensors, u, alpha, index, grid, c, delta, phase)
     n_f, n_t = grid
     total, (_, C, T) = alpha.numel(), u.shape
     programs, P = min(GPU_PROGRAMS, -(-total // GPU_BLOCK)), T // n_t
-    scratch = torch.empty(programs * rows * P * GPU_BLOCK, device=u.device, dtype=torch.float64 if u.dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    scratch = torch.empty(programs * rows * P * GPU_BLOCK, device=u.device, dtype=wide)
     sparse = index is not None
     units, per_clip = (alpha.shape[3], alpha.shape[1] * alpha.shape[2]) if sparse else (C, 1)
     with torch.cuda.device(u.device) if u.is_cuda else contextlib.nullcontext():
@@ -1126,7 +1142,8 @@ def triton_forward(u, alpha, beta, index, grid, c, delta, phase):
     "Either operation's forward pass by Triton; contiguous tensors; `index` None for all patches."
     index = index if index is None else index.contiguous()
     y = torch.empty_like(u) if index is None else u.new_empty(*alpha.shape, u.shape[2] // grid[1])
-    triton_launch(gpu_forward, 2, (u, alpha, beta, alpha if index is None else index, y), u, alpha, index, grid, c, delta, phase)
+    tensors = (u, alpha, beta, alpha if index is None else index, y)
+    triton_launch(gpu_forward, 2, tensors, u, alpha, index, grid, c, delta, phase)
     return y
 
 # %% ../nbs/02a_sblu_ops.ipynb #d3ffca48
@@ -1134,7 +1151,8 @@ def triton_backward(dy, u, alpha, beta, index, grid, c, delta, phase):
     "Either operation's gradients by Triton, accumulated in float32 (float64 for float64 input)."
     index = index if index is None else index.contiguous()
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-    du, da, db = torch.zeros_like(u, dtype=wide), torch.empty_like(alpha, dtype=wide), torch.empty_like(beta, dtype=wide)
+    du = torch.zeros_like(u, dtype=wide)
+    da, db = torch.empty_like(alpha, dtype=wide), torch.empty_like(beta, dtype=wide)
     tensors = (u, alpha, beta, alpha if index is None else index, dy, du, da, db)
     triton_launch(gpu_backward, 4, tensors, u, alpha, index, grid, c, delta, phase)
     return du, da, db
@@ -1240,7 +1258,8 @@ def adaptive_sblu_backward_op(dy:torch.Tensor, u:torch.Tensor, alpha:torch.Tenso
     elif backend == "triton": grads = triton_backward(g, x, a, b, None, (1, a.shape[2]), c, delta, phase)
     else:
         grads = [torch.empty_like(t) for t in (x, a, b)]
-        numba_call(cpu_backward, (x, a, b, g, *grads), all_tokens(x.shape[0], a.shape[2]), dense_geometry(x, a, c), delta, phase)
+        tokens = all_tokens(x.shape[0], a.shape[2])
+        numba_call(cpu_backward, (x, a, b, g, *grads), tokens, dense_geometry(x, a, c), delta, phase)
     return tuple(t.to(like.dtype) for t, like in zip(grads, (u, alpha, beta)))
 
 # %% ../nbs/02a_sblu_ops.ipynb #922731e0
@@ -1248,7 +1267,8 @@ def adaptive_sblu_backward_op(dy:torch.Tensor, u:torch.Tensor, alpha:torch.Tenso
 def _(u, alpha, beta, kernel_size, delta, phase, backend): return u.new_empty(u.shape)
 
 @adaptive_sblu_backward_op.register_fake
-def _(dy, u, alpha, beta, kernel_size, delta, phase, backend): return tuple(t.new_empty(t.shape) for t in (u, alpha, beta))
+def _(dy, u, alpha, beta, kernel_size, delta, phase, backend):
+    return tuple(t.new_empty(t.shape) for t in (u, alpha, beta))
 
 # %% ../nbs/02a_sblu_ops.ipynb #e8a014d6
 def save_dense(ctx, inputs, output):
@@ -1265,7 +1285,7 @@ adaptive_sblu_op.register_autograd(dense_gradients, setup_context=save_dense)
 # %% ../nbs/02a_sblu_ops.ipynb #46f26f5e
 def no_vmap(info, in_dims, *args):
     "vmap rule: a clear refusal."
-    raise NotImplementedError("SBLU operations do not support vmap: put the mapped axis into the batch (or channel) axis instead")
+    raise NotImplementedError("SBLU operations do not support vmap: put the mapped axis into the batch or channel axis")
 
 for op in (adaptive_sblu_op, adaptive_sblu_backward_op): op.register_vmap(no_vmap)
 
@@ -1337,7 +1357,9 @@ def sblu_patches_op(u:torch.Tensor, alpha:torch.Tensor, beta:torch.Tensor, index
     check_index(index, grid)
     if backend == "torch": y = guarded_forward(gather_windows(x, index, grid, c), a, b, c, delta, phase)
     elif backend == "triton": y = triton_forward(x, a, b, index, grid, c, delta, phase)
-    else: numba_call(cpu_forward, (x, a, b, y), visible_tokens(index, grid), sparse_geometry(x, a, grid, c), delta, phase)
+    else:
+        tokens = visible_tokens(index, grid)
+        numba_call(cpu_forward, (x, a, b, y), tokens, sparse_geometry(x, a, grid, c), delta, phase)
     return y.to(u.dtype)
 
 # %% ../nbs/02a_sblu_ops.ipynb #aa778271
@@ -1353,7 +1375,8 @@ def sblu_patches_backward_op(dy:torch.Tensor, u:torch.Tensor, alpha:torch.Tensor
     elif backend == "triton": grads = triton_backward(g, x, a, b, index, grid, c, delta, phase)
     else:
         grads = [torch.empty_like(t) for t in (x, a, b)]
-        numba_call(cpu_backward, (x, a, b, g, *grads), visible_tokens(index, grid), sparse_geometry(x, a, grid, c), delta, phase)
+        tokens = visible_tokens(index, grid)
+        numba_call(cpu_backward, (x, a, b, g, *grads), tokens, sparse_geometry(x, a, grid, c), delta, phase)
     return tuple(t.to(like.dtype) for t, like in zip(grads, (u, alpha, beta)))
 
 # %% ../nbs/02a_sblu_ops.ipynb #44ccad87
@@ -1386,11 +1409,14 @@ def check_patches(u, alpha, beta, index, grid, kernel_size, delta, phase):
     if delta <= 0: raise ValueError(f"delta must be positive, got {delta}")
     if u.dim() != 3: raise ValueError(f"u must be [batch, channels, frames], got shape {tuple(u.shape)}")
     if alpha.dim() != 4 or alpha.shape != beta.shape:
-        raise ValueError(f"alpha and beta must both be [batch, views, tokens, units], got {tuple(alpha.shape)} and {tuple(beta.shape)}")
-    if index.shape != alpha.shape[:3]: raise ValueError(f"index must be {tuple(alpha.shape[:3])}, got {tuple(index.shape)}")
+        raise ValueError("alpha and beta must both be [batch, views, tokens, units], "
+                         f"got {tuple(alpha.shape)} and {tuple(beta.shape)}")
+    if index.shape != alpha.shape[:3]:
+        raise ValueError(f"index must be {tuple(alpha.shape[:3])}, got {tuple(index.shape)}")
     if index.dtype != torch.int64: raise ValueError(f"index must be int64, got {index.dtype}")
     if alpha.shape[0] != u.shape[0] or u.shape[1] != grid[0] * alpha.shape[3] or u.shape[2] % grid[1]:
-        raise ValueError(f"u {tuple(u.shape)} does not fit a grid of {tuple(grid)} with {alpha.shape[3]} units and {alpha.shape[0]} clips")
+        raise ValueError(f"u {tuple(u.shape)} does not fit a grid of {tuple(grid)} with {alpha.shape[3]} units "
+                         f"and {alpha.shape[0]} clips")
 
 # %% ../nbs/02a_sblu_ops.ipynb #31f3b643
 def sblu_patches(
@@ -1406,5 +1432,7 @@ def sblu_patches(
 )-> torch.Tensor: # [B, M, n, H, P_t] output of unit h of frequency patch f in time patch t
     "Adaptive SBLU of the visible patches of M views; work and memory for visible patches only."
     check_patches(u, alpha, beta, index, grid, kernel_size, delta, phase)
-    if asked_backend(backend) == "reference": return patches_direct(u, alpha, beta, index, grid, kernel_size, delta, phase)
-    return sblu_patches_op(u, alpha, beta, index, int(grid[0]), int(grid[1]), int(kernel_size), float(delta), phase, backend)
+    if asked_backend(backend) == "reference":
+        return patches_direct(u, alpha, beta, index, grid, kernel_size, delta, phase)
+    grid = int(grid[0]), int(grid[1])
+    return sblu_patches_op(u, alpha, beta, index, *grid, int(kernel_size), float(delta), phase, backend)
