@@ -29,7 +29,6 @@ PARTS = {  # name: (what it is, command); {out} is the folder for tables, {flagg
     "kernels": ("the SBLU kernels against the direct sum, every size and type",
                 ["-m", "pytest", "-q", "-rs", "-m", "cuda", "tests/test_sblu_ops.py"]),
     "tests": ("all other tests flagged cuda", ["-m", "pytest", "-q", "-rs", "-m", "cuda", "{flagged}"]),
-    "notebooks": ("library notebooks with cells flagged cuda", ["tests/gpu.py", "--execute", "nbs/03_patch_embed.ipynb"]),
     "bench": ("adaptive SBLU against its alternatives",
               ["tests/gpu.py", "--execute", "nbs/runs/bench_sblu.ipynb", "device=cuda", "compile_reference=True", "out_dir={out}"]),
     "training": ("what AaPE costs in a pre-training step, preset base",

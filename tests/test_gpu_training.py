@@ -1,4 +1,6 @@
 """Training on a GPU: what only shows there. Imports no more than a machine with PyTorch and a few wheels has."""
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -38,3 +40,20 @@ def test_the_patch_embedding_does_not_wait_for_the_gpu(kind, request):
     embed(x, masks.visible).square().sum().backward()
     torch.cuda.set_sync_debug_mode("default")
     assert all(p.grad.isfinite().all() for p in embed.parameters() if p.requires_grad)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", (dict(), dict(phase="signed"), dict(adaptive=False), dict(norm_scope="patch"), dict(mask_input=True)))
+def test_the_patch_embedding_is_the_same_on_a_gpu(kind):
+    torch.manual_seed(0)
+    embed, x = AaPE(img_size=(32, 96), embed_dim=32, sblu_hidden=4, sblu_dim=8, lambda_dim=16, **kind), torch.randn(2, 32, 96)
+    if kind.get("adaptive", True): torch.nn.init.normal_(embed.lambda_encoder.expand.weight, std=0.5)  # so that patches differ
+    for visible in (None, torch.rand(2, 3, 12).argsort(-1)[..., :5]):
+        there = deepcopy(embed).cuda()
+        a, b = embed(x, visible), there(x.cuda(), None if visible is None else visible.cuda())
+        torch.testing.assert_close(b.cpu(), a, rtol=0, atol=1e-3)
+        embed.zero_grad()
+        a.square().mean().backward()
+        b.square().mean().backward()
+        for p, q in zip(embed.parameters(), there.parameters()):
+            if p.requires_grad: torch.testing.assert_close(q.grad.cpu(), p.grad, rtol=1e-2, atol=1e-4)
