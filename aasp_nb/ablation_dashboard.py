@@ -121,7 +121,8 @@ def ablation_table(
 ):  # -> str: HTML
     "The table: the paper's columns, ours, spread over seeds, or 'not run'."
     head = "".join(f"<th>paper {n} {'mAP' if m == 'mAP' else 'acc.'}</th>" for n, m in PAPER_TASKS.values())
-    rows = [f"<tr><th>setting</th><th>size</th>{head}<th>ours %</th><th>spread over seeds</th><th>95 % interval</th><th>seeds</th></tr>"]
+    rows = [f"<tr><th>setting</th><th>size</th>{head}<th>ours %</th><th>spread over seeds</th><th>95 % "
+            "interval</th><th>seeds</th></tr>"]
     for i, l in enumerate(result["lines"]):
         paper = "".join(f"<td>{l['paper'][t]:.1f}</td>" if t in l["paper"] else "<td></td>" for t in PAPER_TASKS)
         o = l["ours"]
@@ -143,7 +144,8 @@ def details(
     out = f"<b>{html.escape(line['label'])}</b><br><span class='aasp-note'>{html.escape(full)}</span>"
     if line["ours"] is None: return out + "<br>Not run: there is no row with this setting in the results file."
     rows = line["ours"]["rows"]
-    out += "<table class='aasp-numbers'><tr><th>seed</th><th>fold</th><th>value %</th><th>clips</th><th>checkpoint</th><th>revision</th><th>date</th></tr>"
+    head = "".join(f"<th>{n}</th>" for n in ("seed", "fold", "value %", "clips", "checkpoint", "revision", "date"))
+    out += f"<table class='aasp-numbers'><tr>{head}</tr>"
     for r in rows[:12]:
         cells = (r["seed"], r["fold"] or "-", f"{100 * r['value']:.1f}", r["n"], r["checkpoint"][:10] or "-",
                  r["revision"][:10] or "-", r["date"][:10])
@@ -178,7 +180,8 @@ class AblationDashboard(Dashboard):
         self.plot.show(ablation_scene(result))
         self.table.value, self.detail.value = ablation_table(result), details(result)
         where = ", ".join(v for v in result["filters"].values() if v) or "no rows"
-        self.about.value = f"<div class='aasp-note'>Ours: {html.escape(where)}. Paper: pre-trained on AudioSet, 600K steps. The table has the intervals that leave the drawing.</div>"
+        self.about.value = (f"<div class='aasp-note'>Ours: {html.escape(where)}. Paper: pre-trained on AudioSet, 600K steps. "
+                            "The table has the intervals that leave the drawing.</div>")
 
 # %% ../nbs/17c_ablation_dashboard.ipynb #8a2e33f4
 @patch

@@ -193,12 +193,14 @@ def comparison_table(
 ):  # -> str: markdown
     "The table in markdown, headed by the scale at which ours was run."
     lines = compare(table, rows, **filters)
-    head = [f"**Table {table}: {PAPER_TABLES[table]['title']}.** Ours: {', '.join(v for v in filters.values() if v) or 'all rows'}.", "",
+    head = [f"**Table {table}: {PAPER_TABLES[table]['title']}.** Ours: "
+            f"{', '.join(v for v in filters.values() if v) or 'all rows'}.", "",
             "| setting | size | " + " | ".join(f"paper {n}" for n,
                                                _ in PAPER_TASKS.values()) + " | ours % | spread | seeds |",
             "|---|---|" + "---|" * (len(PAPER_TASKS) + 3)]
     for l in lines:
         o, paper = l["ours"], " | ".join(f"{l['paper'][t]:.1f}" if t in l["paper"] else "" for t in PAPER_TASKS)
-        ours = f"{100 * o['mean']:.1f} | {'' if o['std'] is None else format(100 * o['std'], '.1f')} | {o['seeds']}" if o else "not run | | "
+        std = "" if not o or o["std"] is None else f"{100 * o['std']:.1f}"
+        ours = f"{100 * o['mean']:.1f} | {std} | {o['seeds']}" if o else "not run | | "
         head.append(f"| {l['label']} | {l['note']} | {paper} | {ours} |")
     return "\n".join(head)

@@ -58,7 +58,8 @@ def declared(
     except Exception as e: raise UsageError(f"{notebook} is no notebook: {str(e).splitlines()[0]}") from e
     tagged = [c for c in cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
     if len(tagged) != 1:
-        raise UsageError(f"{notebook} has {len(tagged)} cells tagged `parameters` and needs one: values would be ignored")
+        raise UsageError(f"{notebook} has {len(tagged)} cells tagged `parameters` and needs one: values would be "
+                         "ignored")
     return inspect_notebook(str(notebook))
 
 # %% ../nbs/20_cli.ipynb #e5939711
@@ -118,8 +119,10 @@ class _Engine(NBClientEngine):
                                  start_timeout=60, execution_timeout=None, **kwargs):
         for name in ("input_path", "timeout", "startup_timeout"): kwargs.pop(name, None)
         client = cls.forwarder.client = PapermillNotebookClient(
-            nb_man, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name, log_output=log_output,
-            stdout_file=stdout_file, stderr_file=stderr_file, on_cell_start=lambda **kw: cls.forwarder.deliver(), **kwargs)
+            nb_man, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name,
+                                                                log_output=log_output,
+            stdout_file=stdout_file, stderr_file=stderr_file, on_cell_start=lambda **kw: cls.forwarder.deliver(),
+                                                                **kwargs)
         seen = set()
         client.on_notebook_start = lambda **kw: seen.add(cls.forwarder.kernel)
         try: return client.execute()
@@ -143,7 +146,8 @@ def _explain(code: int, seen: str, status: dict, error: str) -> str:
     "One line about how a run ended."
     where = f" at step {status['step']} of {status['steps']}" if status else ""
     if code == FINISHED: return "finished" + where
-    if code == STOPPED: return f"stopped by {seen or status.get('reason')}{where}: the same command goes on (exit code {code})"
+    if code == STOPPED:
+        return f"stopped by {seen or status.get('reason')}{where}: the same command goes on (exit code {code})"
     if code == KERNEL_DIED: return f"the kernel was killed, maybe for memory: the same command goes on from the last " \
                                    f"checkpoint (exit code {code})"
     return f"failed: {error} (exit code {code})"
@@ -184,7 +188,8 @@ def launch(
     "Run a notebook so that signals lose nothing; raises `UsageError` before anything is started."
     notebook, out, parameters = find_notebook(str(notebook)), Path(out).absolute(), parameters or {}
     check_parameters(notebook, parameters)
-    if out.exists() and out.samefile(notebook): raise UsageError(f"{out} is the notebook itself: give another output path")
+    if out.exists() and out.samefile(notebook):
+        raise UsageError(f"{out} is the notebook itself: give another output path")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a"): pass
@@ -201,7 +206,8 @@ def _given(args: argparse.Namespace) -> dict:
     out = {}
     for path in args.file or ():
         try: out |= json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError) as e: raise UsageError(f"{path} holds no JSON object of parameters: {e}") from e
+        except (OSError, ValueError, TypeError) as e:
+            raise UsageError(f"{path} holds no JSON object of parameters: {e}") from e
     return out | {n: literal(v) for n, v in args.parameter or ()}
 
 def _run(args) -> int:
@@ -232,7 +238,8 @@ def _slurm(args) -> int:
 # %% ../nbs/20_cli.ipynb #a42dee7a
 def _data_commands(commands):
     "Add `aasp fetch` and `aasp shards`."
-    fetch, shards = (commands.add_parser(n, help=f.__doc__, description=f.__doc__) for n, f in (("fetch", _fetch), ("shards", _shards)))
+    fetch, shards = (commands.add_parser(n, help=f.__doc__, description=f.__doc__)
+                     for n, f in (("fetch", _fetch), ("shards", _shards)))
     fetch.set_defaults(function=_fetch), shards.set_defaults(function=_shards)
     fetch.add_argument("name", help="benchmark, for instance esc50")
     fetch.add_argument("root", nargs="?", help="folder for data sets (default: AASP_HOME/data)")

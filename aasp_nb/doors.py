@@ -31,12 +31,13 @@ from .pretraining import AaSPConfig, build_encoder
 DEMO = Path(aasp_nb.__file__).parent / "assets" / "demo_checkpoint_generated_clips"
 
 def open_encoder(
-    path: str | Path | None = None,  # folder of an encoder, its model.safetensors, a run folder or a checkpoint; None: `DEMO`
+    path: str | Path | None = None,  # encoder folder, its model.safetensors, run folder, checkpoint; None: `DEMO`
     kind: type = AaSPEncoder,  # class of the result
 ) -> AaSPEncoder:  # in eval mode
     "The encoder a door opens to; warns when it is the package's illustration. Raises `CheckpointError`."
     if not path:
-        warnings.warn("no checkpoint was named: using the small one trained on generated clips, an illustration", stacklevel=3)
+        warnings.warn("no checkpoint was named: using the small one trained on generated clips, an illustration",
+                      stacklevel=3)
         path = DEMO
     path = Path(path).expanduser()
     return kind.from_pretrained(path.parent if path.name == "model.safetensors" else path)
@@ -108,12 +109,15 @@ class AR_AaSP(nn.Module):
         self.cfg, self.model = cfg, open_encoder(cfg.weight_file)
         self.scene = getattr(cfg, "scene", None) or "cls+mean"
         if cfg.sample_rate != self.model.sample_rate:
-            raise AudioError(f"sample_rate of the YAML file is {cfg.sample_rate}, the checkpoint needs {self.model.sample_rate}")
+            raise AudioError(f"sample_rate of the YAML file is {cfg.sample_rate}, the checkpoint needs "
+                             f"{self.model.sample_rate}")
 
-    def precompute(self, device, data_loader): "Nothing: the mean and deviation of pre-training belong to the checkpoint."
+    def precompute(self, device,
+                   data_loader): "Nothing: the mean and deviation of pre-training belong to the checkpoint."
 
     def encode_frames(self, batch_audio: torch.Tensor) -> torch.Tensor:  # [B, S] -> [B, N_f * D, T]
-        return self.model.embed(check_batch(batch_audio), self.cfg.sample_rate).frames.transpose(1, 2).to(batch_audio.device)
+        return self.model.embed(check_batch(batch_audio), self.cfg.sample_rate).frames.transpose(1,
+            2).to(batch_audio.device)
 
     def forward(self, batch_audio: torch.Tensor) -> torch.Tensor:  # [B, S] -> [B, D] or [B, 2 D]
         e = self.model.embed(check_batch(batch_audio), self.cfg.sample_rate, scene=self.scene, frames=None)
@@ -141,7 +145,8 @@ def evar_files(
     "EVAR: write the module and the configuration of a checkpoint. Raises `FileNotFoundError`, `CheckpointError`."
     root, model = Path(root).expanduser(), open_encoder(checkpoint)
     for name in ("evar", "config"):
-        if not (root / name).is_dir(): raise FileNotFoundError(f"{root} is no checkout of EVAR: it has no folder {name}")
+        if not (root / name).is_dir():
+            raise FileNotFoundError(f"{root} is no checkout of EVAR: it has no folder {name}")
     module, config = root / "evar" / "ar_aasp.py", root / "config" / "aasp.yaml"
     module.write_text("from aasp_nb.doors import AR_AaSP\n", encoding="utf-8")
     config.write_text(EVAR_YAML.format(weight_file=json.dumps(str(Path(checkpoint).expanduser().resolve())),
@@ -179,7 +184,8 @@ def states(self: UpstreamExpert,
     columns = lambda t: t[0].unflatten(0, (rows, -1)).transpose(0, 1).flatten(1)  # [1, N, D] -> [N_t, N_f D]
     out = []
     for _, _, start, frames, first in model._windows([wave], model.config.grid[1]):
-        tokens, layers = model.encoder.forward_features(model.window_logmel(wave, start, frames)[None], return_layers="block")
+        tokens, layers = model.encoder.forward_features(model.window_logmel(wave, start, frames)[None],
+                                                        return_layers="block")
         out.append(torch.stack([columns(t) for t in (*layers, tokens[:, 1:])])[:, first:])
     return torch.cat(out, 1)
 
@@ -187,7 +193,8 @@ def states(self: UpstreamExpert,
 def register_s3prl():
     "s3prl: enter the upstream `aasp` into its hub. Raises `ImportError` without s3prl."
     from s3prl import hub
-    hub.aasp = lambda ckpt=None, model_config=None, refresh=False, **kwargs: UpstreamExpert(ckpt, model_config, **kwargs)
+    hub.aasp = lambda ckpt=None, model_config=None, refresh=False, **kwargs: UpstreamExpert(ckpt, model_config,
+        **kwargs)
 
 # %% ../nbs/19_doors.ipynb #9f0ccc12
 class TimmAaSP(nn.Module):
@@ -246,7 +253,7 @@ def group_matcher(self: TimmAaSP, coarse: bool = False) -> dict:
 def make_timm(
     preset: str,  # preset of `AaSPConfig`
     pretrained: bool = False,  # True needs `checkpoint`
-    checkpoint: str | Path | None = None,  # encoder folder, run folder or checkpoint; its configuration replaces the preset
+    checkpoint: str | Path | None = None,  # encoder folder, run folder or checkpoint; replaces the preset
     num_classes: int = 0,
     global_pool: str = "token",
     drop_path_rate: float = 0.0,  # timm's name for `drop_path`
@@ -256,7 +263,8 @@ def make_timm(
 ) -> TimmAaSP:
     "What `timm.create_model` calls. Raises `ValueError`, `CheckpointError`."
     if in_chans != 1: raise ValueError(f"a spectrogram has one channel, got in_chans={in_chans}")
-    if pretrained and checkpoint is None: raise ValueError("there are no published weights: pass checkpoint=PATH to your own")
+    if pretrained and checkpoint is None:
+        raise ValueError("there are no published weights: pass checkpoint=PATH to your own")
     if checkpoint is not None:
         if fields: raise ValueError(f"{', '.join(fields)}: the checkpoint brings its own configuration")
         model = open_encoder(checkpoint)
@@ -331,7 +339,8 @@ def export_onnx(
 ) -> Path:  # the file: input "logmel" [batch, F, T], output "tokens" [batch, 1 + N, D]
     "Write the encoder as ONNX, batch and length free. Raises `ImportError` without onnx and onnxscript."
     try: import onnx, onnxscript  # noqa: F401
-    except ImportError as e: raise ImportError(f"ONNX export needs onnx and onnxscript ({e}): pip install onnx onnxscript") from e
+    except ImportError as e:
+        raise ImportError(f"ONNX export needs onnx and onnxscript ({e}): pip install onnx onnxscript") from e
     model = model if isinstance(model, AaSPEncoder) else open_encoder(model)
     path = Path(path).expanduser()
     program = _traced(model.encoder, model.config.n_mels, model.config.grid[1])

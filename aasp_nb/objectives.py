@@ -86,7 +86,8 @@ def masked_prediction_loss(
     "L2 loss on the predicted masked tokens, mean over tokens (section III-D)."
     if queries is None and padding is not None: raise ValueError("padding is given per patch: give queries too")
     if queries is not None:
-        target = target.gather(1, queries.flatten(1).unsqueeze(-1).expand(-1, -1, target.shape[-1])).view(prediction.shape)
+        target = target.gather(1,
+                               queries.flatten(1).unsqueeze(-1).expand(-1, -1, target.shape[-1])).view(prediction.shape)
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ: give queries")
     error = squared_error(prediction, target, loss_scale)

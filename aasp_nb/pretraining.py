@@ -291,7 +291,8 @@ def _check_objective(c):
 
 # %% ../nbs/08_pretraining.ipynb #8ed5fffd
 _POSITIVE = ("sample_rate n_fft win_length hop_length n_mels crop_seconds n_frames embed_dim depth num_heads "
-             "sblu_hidden sblu_dim lambda_dim lambda_depth lambda_heads views predictor_dim predictor_depth predictor_heads "
+             "sblu_hidden sblu_dim lambda_dim lambda_depth lambda_heads views predictor_dim predictor_depth "
+             "predictor_heads "
              "cnn_depth cnn_groups contrastive_dim batch_size accumulation_steps steps").split()
 
 # %% ../nbs/08_pretraining.ipynb #40e5b640

@@ -171,7 +171,8 @@ def _member(function, folder: str, parent: int, device: str, args: tuple):
 @contextlib.contextmanager
 def _quiet_launcher():
     "Keep torch's launcher from telling every kill as a traceback."
-    loggers = [logging.getLogger(n) for n in logging.root.manager.loggerDict if n.startswith(("torch.distributed.elastic", "torch.multiprocessing"))]
+    loggers = [logging.getLogger(n) for n in logging.root.manager.loggerDict
+               if n.startswith(("torch.distributed.elastic", "torch.multiprocessing"))]
     levels = [x.level for x in loggers]
     for x in loggers: x.setLevel(logging.CRITICAL + 1)
     try: yield
@@ -211,10 +212,12 @@ def start_processes(
     "Run a function in several processes; raises what it raises, or `ProcessError` after too many kills."
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    with tempfile.TemporaryDirectory(prefix="aasp-") as folder, _quiet_launcher(), ThreadPoolExecutor(1) as pool, StopRequest() as stop:
+    with (tempfile.TemporaryDirectory(prefix="aasp-") as folder, _quiet_launcher(), ThreadPoolExecutor(1) as pool,
+          StopRequest() as stop):
         stop.before = {p.pid for p in active_children()}
         for left in range(restarts, -1, -1):
-            config = LaunchConfig(1, 1, count, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+            config = LaunchConfig(1, 1, count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+                                  rdzv_endpoint="127.0.0.1:0",
                                   local_addr="127.0.0.1", max_restarts=0, start_method="spawn")
             future = pool.submit(elastic_launch(config, _member), function, folder, os.getpid(), device, args)
             _wait(future, Path(folder), stop, tick)
@@ -223,6 +226,9 @@ def start_processes(
             try: return future.result()[0]
             except ChildFailedError as e: number, failure = e.get_first_failure()
             how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-            if left: say(f"process {number} of {count} was lost ({how}): starting all again, {left - 1} more times after this")
-    raise ProcessError(f"process {number} of {count} was lost ({how}), the last of {restarts + 1} times: if memory is short, lower "
+            if left:
+                say(f"process {number} of {count} was lost ({how}): starting all again, {left - 1} more times after "
+                    "this")
+    raise ProcessError(f"process {number} of {count} was lost ({how}), the last of {restarts + 1} times: if memory is "
+                       "short, lower "
                        "batch_size or workers; the same call goes on from the last checkpoint")

@@ -40,7 +40,7 @@ def beta_bounds(
     patch_frames:int, # frames per patch P_t
     delta:float=1.0 # sampling period, frames
 )-> tuple: # (lowest, highest) frequency, rad per frame
-    "Band of frequencies that patching folds: Nyquist frequency after it to Nyquist frequency before it (section III-B)."
+    "Band of frequencies that patching folds: from the Nyquist frequency after it to that before it (section III-B)."
     if patch_frames < 1: raise ValueError(f"patch_frames must be at least 1, got {patch_frames}")
     if delta <= 0: raise ValueError(f"delta must be positive, got {delta}")
     return math.pi / (patch_frames * delta), math.pi / delta
@@ -111,7 +111,8 @@ def check_sblu(u, alpha, beta, kernel_size, delta, phase):
     if phase not in ("even", "signed"): raise ValueError(f'phase must be "even" or "signed", got {phase!r}')
     if delta <= 0: raise ValueError(f"delta must be positive, got {delta}")
     if u.dim() != 3: raise ValueError(f"u must be [batch, channels, frames], got shape {tuple(u.shape)}")
-    if alpha.shape != beta.shape: raise ValueError(f"alpha {tuple(alpha.shape)} and beta {tuple(beta.shape)} differ in shape")
+    if alpha.shape != beta.shape:
+        raise ValueError(f"alpha {tuple(alpha.shape)} and beta {tuple(beta.shape)} differ in shape")
     if alpha.dim() != 3 or alpha.shape[:2] != u.shape[:2]:
         raise ValueError(f"alpha must be [{u.shape[0]}, {u.shape[1]}, time patches], got shape {tuple(alpha.shape)}")
     if u.is_complex() or not u.is_floating_point(): raise ValueError(f"u must be real floating point, got {u.dtype}")
@@ -179,7 +180,8 @@ class SBLU(nn.Module):
         super().__init__()
         check_kernel_size(kernel_size)
         if phase not in ("even", "signed"): raise ValueError(f'phase must be "even" or "signed", got {phase!r}')
-        self.kernel_size, self.patch_frames, self.eps, self.delta, self.phase = kernel_size, patch_frames, eps, delta, phase
+        self.kernel_size, self.patch_frames, self.phase = kernel_size, patch_frames, phase
+        self.eps, self.delta = eps, delta
         self.B = nn.Conv1d(in_channels, hidden, 1, bias=False)
         self.C = nn.Conv1d(hidden, out_channels, 1, bias=False)
         self.raw_decay = nn.Parameter(torch.full((hidden,), initial_raw_decay(0.25, kernel_size, eps, delta)))
@@ -187,7 +189,8 @@ class SBLU(nn.Module):
 
     def parameters_in_bounds(self):
         "(alpha, beta), each [hidden], rad per frame."
-        return bound_parameters(self.raw_decay, self.raw_freq, self.kernel_size, self.patch_frames, self.eps, self.delta)
+        return bound_parameters(self.raw_decay, self.raw_freq, self.kernel_size, self.patch_frames, self.eps,
+                                self.delta)
 
     def forward(self,
         x:torch.Tensor # [B, in_channels, T]

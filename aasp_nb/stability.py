@@ -31,7 +31,8 @@ def am_tone(
     "A tone with amplitude modulation. Raises `ValueError` on a depth, law or rate that makes no sense."
     if not 0 <= depth < 1: raise ValueError(f"depth must be from 0 to below 1, got {depth}")
     if law not in ("linear", "exp"): raise ValueError(f'law must be "linear" or "exp", got {law!r}')
-    if rate < 0 or carrier <= 0: raise ValueError(f"rate must be at least 0 and carrier positive, got {rate}, {carrier}")
+    if rate < 0 or carrier <= 0:
+        raise ValueError(f"rate must be at least 0 and carrier positive, got {rate}, {carrier}")
     t = torch.arange(int(seconds * sr), dtype=torch.float64) / sr
     swing = torch.cos(2 * math.pi * rate * t + phase)
     envelope = 1 + depth * swing if law == "linear" else torch.exp(math.atanh(depth) * swing)
@@ -198,7 +199,7 @@ def sblu_scan(
     if highpass: x = zero_phase_highpass(x, 1 / highpass)
     beta = 2 * math.pi * torch.as_tensor(rates, dtype=x.dtype) / frame_rate
     alpha = torch.full_like(beta, alpha)
-    taps = kernel_taps(alpha, beta, kernel_size, phase)                # the same at all times: one product with every window
+    taps = kernel_taps(alpha, beta, kernel_size, phase)  # the same at all times: one product with every window
     windows = F.pad(x, (kernel_size // 2, kernel_size // 2)).unfold(-1, kernel_size, 1)
     return sblu_gain(alpha, beta)[:, None] * torch.hypot(taps.real @ windows.T, taps.imag @ windows.T)
 

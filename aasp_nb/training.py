@@ -12,7 +12,8 @@ __all__ = ['NO_DECAY', 'CHECKPOINT_FORMAT', 'MEASURED', 'param_groups', 'make_op
            'check_processes', 'pretrain', 'restore', 'write_results', 'plot_metrics', 'notebook_parameters']
 
 # %% ../nbs/10_training.ipynb #8bb7b9df
-import ast, contextlib, csv, difflib, fcntl, gc, hashlib, json, math, os, platform, shutil, signal, subprocess, sys, time, warnings, weakref
+import ast, contextlib, csv, difflib, fcntl, gc, hashlib, json, math, os, platform, shutil, signal, subprocess, sys
+import time, warnings, weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
@@ -31,9 +32,11 @@ from .data import (AudioDataset, CachedReader, Manifest, dataset_statistics, dec
                           valid_frames)
 from .encoder import AudioViT
 from .objectives import cached_contrastive
-from .pretraining import (AaSP, AaSPConfig, ConfigError, ViewMasks, asked_queries, build_encoder, build_logmel, coerce,
+from .pretraining import (AaSP, AaSPConfig, ConfigError, ViewMasks, asked_queries, build_encoder, build_logmel,
+                                 coerce,
                                  draw_masks, ema_momentum, patch_padding)
-from .processes import (PeerError, StopRequest, agree, averaged, data_parallel, from_first, gathered, rank, start_processes,
+from .processes import (PeerError, StopRequest, agree, averaged, data_parallel, from_first, gathered, rank,
+                               start_processes,
                                stop_wanted, summed, world_size)
 
 # %% ../nbs/10_training.ipynb #8f8ec534
@@ -104,7 +107,8 @@ def environment(
         with contextlib.suppress(metadata.PackageNotFoundError): versions[name] = metadata.version(name)
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
-        cpu = next(l.split(":", 1)[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in l)
+        cpu = next(l.split(":", 1)[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines()
+                   if "model name" in l)
     hardware = dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), device=str(device))
     if torch.device(device).type == "cuda":
         p = torch.cuda.get_device_properties(device)
@@ -162,7 +166,8 @@ class RunDir:
             if self._lock is None: self._take_lock()
         except OSError as e:
             self.close()
-            raise RunError(f"cannot write to run_dir {self.path}: {e}: choose another run_dir, or free space or rights") from e
+            raise RunError(f"cannot write to run_dir {self.path}: {e}: choose another run_dir, or free space or "
+                           "rights") from e
         except RunError: self.close(); raise
 
     @property
@@ -210,7 +215,8 @@ def check(self: RunDir):
     "Raise `RunError` if the folder is not where it was: removed, renamed or unmounted."
     try: same = os.path.samestat(os.stat(self.path / ".lock"), os.fstat(self._lock.fileno()))
     except (OSError, ValueError): same = False
-    if not same: raise RunError(f"the run folder {self.path} is gone (removed, renamed or unmounted): bring it back, then go on "
+    if not same:
+        raise RunError(f"the run folder {self.path} is gone (removed, renamed or unmounted): bring it back, then go on "
                                 'with resume="auto"')
 
 @patch
@@ -250,7 +256,8 @@ def _metric_rows(path: Path) -> list:
     if not path.is_file(): return []
     lines = path.read_bytes().decode("utf-8", "replace").replace("\0", "").splitlines()
     try: rows = list(csv.DictReader(lines))
-    except csv.Error: rows = [dict(zip(lines[0].split(","), l.split(","))) for l in lines[1:] if l.count(",") == lines[0].count(",")]
+    except csv.Error:
+        rows = [dict(zip(lines[0].split(","), l.split(","))) for l in lines[1:] if l.count(",") == lines[0].count(",")]
     return [r for r in rows if None not in r.values() and None not in r and r.get("step", "").isdecimal()]
 
 def _number(text: str) -> float:
@@ -315,7 +322,8 @@ def _sha256(path: Path) -> str:
 
 def _seal(state: dict) -> str:
     "Digest of a state without its own digest."
-    return hashlib.sha256(json.dumps({k: v for k, v in state.items() if k != "sha256"}, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps({k: v for k, v in state.items() if k != "sha256"},
+                                     sort_keys=True).encode()).hexdigest()
 
 def _sync(path: Path):
     "Flush a file or a folder to the disk."
@@ -356,15 +364,18 @@ def load_checkpoint(
     "Read a checkpoint; raises `CheckpointError` if any byte of what is read differs from what was written."
     folder = Path(folder)
     if folder.is_file():
-        raise CheckpointError(f"{folder} is a file: a checkpoint is a folder of safetensors files (pickles are never read)")
+        raise CheckpointError(f"{folder} is a file: a checkpoint is a folder of safetensors files (pickles are never "
+                              "read)")
     try: state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e: raise CheckpointError(f"{folder}: no readable state.json ({e})") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{folder}: no readable state.json ({e})") from e
     if not isinstance(state, dict) or state.get("sha256") != _seal(state):
         raise CheckpointError(f"{folder}: state.json is damaged (checksum differs)")
     if state.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{folder}: format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}")
     if not isinstance(state.get("files"), dict): raise CheckpointError(f"{folder}: state.json names no files")
-    return {Path(n).stem: _load_file(folder, n, d) for n, d in state["files"].items() if not only or Path(n).stem in only}, state
+    return {Path(n).stem: _load_file(folder, n, d) for n, d in state["files"].items() if not only
+            or Path(n).stem in only}, state
 
 def _load_file(folder: Path, name: str, digest: str) -> dict:
     "Tensors of one file of a checkpoint, if it has the digest."
@@ -425,7 +436,8 @@ def load_optimizer(
     for key, v in tensors.items():
         kind, name = key.split("/", 1)
         p = params.get(name)
-        if p is None or (v.shape != p.shape and v.ndim): raise CheckpointError(f"optimizer state {key!r} fits no parameter")
+        if p is None or (v.shape != p.shape and v.ndim):
+            raise CheckpointError(f"optimizer state {key!r} fits no parameter")
         optimizer.state[p][kind] = v.to(p.device).clone()
 
 # %% ../nbs/10_training.ipynb #c28c33cd
@@ -453,7 +465,8 @@ class Saver:
         if (folder / name).exists(): return
         save_checkpoint(folder / name, tensors, state)
         score = state["score"]
-        if score is not None and score < float(_best(folder).get("score") or math.inf): write_json(folder / "best.json", {"name": name, "score": score})
+        if score is not None and score < float(_best(folder).get("score") or math.inf):
+            write_json(folder / "best.json", {"name": name, "score": score})
         prune(folder, self.keep_last)
 
     def wait(self):
@@ -511,7 +524,8 @@ class Progress:
         mode: str = "auto",  # "text", "bar", "none"; "auto": a bar at a terminal, else text
         every: float = 30.0,  # seconds between lines
     ):
-        if mode not in ("auto", "text", "bar", "none"): raise ValueError(f"progress must be auto, text, bar or none: {mode!r}")
+        if mode not in ("auto", "text", "bar", "none"):
+            raise ValueError(f"progress must be auto, text, bar or none: {mode!r}")
         self.run, self.start, self.stop, self.every = run, start, stop, every
         self.mode = ("bar" if sys.stdout.isatty() else "text") if mode == "auto" else mode
         self.begin = self.logged = self.shown = time.monotonic()
@@ -603,7 +617,8 @@ class Guard:
         self.in_a_row = self.in_a_row + len(bad) if len(bad) == window else len(bad)
         if bad: self._report(step, bad)
         if self.in_a_row >= self.max_bad or self.total >= max(self.max_bad, step / 10):
-            raise TrainingError(f"{self.total} steps had a loss or gradient that is not finite, the last at step {bad[-1][0]}: "
+            raise TrainingError(f"{self.total} steps had a loss or gradient that is not finite, the last at step "
+                                f"{bad[-1][0]}: "
                                 f"see bad_steps.json in {self.run.path}; lower lr, or set precision to fp32")
         for name, floor in self.floors.items():
             if step >= self.after and row.get(name, math.inf) < floor and all(a["series"] != name for a in self.alarms):
@@ -718,7 +733,8 @@ def state(self: Learner) -> tuple:  # tensors for `save_checkpoint`; JSON
     "Everything needed to go on: model, optimizer, random generators."
     rng = {"cpu": torch.get_rng_state()}
     if self.device.type == "cuda": rng["cuda"] = torch.cuda.get_rng_state(self.device)
-    return dict(model=self.model.state_dict(), optimizer=optimizer_tensors(self.optimizer), rng=rng), {"seed": self.seed}
+    return dict(model=self.model.state_dict(), optimizer=optimizer_tensors(self.optimizer),
+                rng=rng), {"seed": self.seed}
 
 @patch
 def load_state(self: Learner,
@@ -730,7 +746,8 @@ def load_state(self: Learner,
     if lost: raise CheckpointError(f"the checkpoint holds no {', '.join(sorted(lost))}: it cannot be trained on")
     want, have = self.model.state_dict(), tensors["model"]
     wrong = sorted(set(want) ^ set(have)) or [k for k in want if want[k].shape != have[k].shape]
-    if wrong: raise CheckpointError(f"the checkpoint is of another model: {len(wrong)} tensors differ, e.g. {wrong[0]!r}")
+    if wrong:
+        raise CheckpointError(f"the checkpoint is of another model: {len(wrong)} tensors differ, e.g. {wrong[0]!r}")
     self.model.load_state_dict(have)
     load_optimizer(self.optimizer, tensors["optimizer"])
     torch.set_rng_state(tensors["rng"]["cpu"])
@@ -740,7 +757,8 @@ class _Session:
     "What the loop keeps beside its learner: metrics, checkpoints, progress."
     def __init__(self, learner, run, start, stop_at, guard, keep_last, progress, seconds, extra):
         check_space(run, learner, keep_last)
-        self.learner, self.run, self.guard, self.extra, self.before = learner, run, guard or Guard(run), extra or {}, seconds
+        self.learner, self.run, self.guard = learner, run, guard or Guard(run)
+        self.extra, self.before = extra or {}, seconds
         self.saver, self.window, self.row, self.clips = Saver(run, keep_last), Window(), {}, 0
         self.bar = Progress(run, start, stop_at, progress if run.writes else "none")
         self.begin = self.read = time.monotonic()
@@ -820,7 +838,8 @@ def fit(
             if reason == "error": raise error or PeerError("another process has ended the run")
     finally:
         if hasattr(batches, "close"): batches.close()
-    return _tell(dict(status="finished" if step >= steps else "stopped", reason=reason, step=step, steps=steps, seconds=s.seconds,
+    return _tell(dict(status="finished" if step >= steps else "stopped", reason=reason, step=step, steps=steps,
+                      seconds=s.seconds,
                       bad_steps=s.guard.total, alarms=s.guard.alarms, last=s.row))
 
 # %% ../nbs/10_training.ipynb #079cbf54
@@ -880,16 +899,19 @@ class AaSPLearner(Learner):
         torch.manual_seed(config.seed)
         model, c = AaSP(config).to(device), config
         super().__init__(model, make_optimizer(model, c.lr, c.weight_decay, c.betas), grad_clip=c.grad_clip or None,
-                         lr_at=lambda s: cosine_warmup(s, c.steps, c.warmup_steps, c.lr, c.min_lr), precision=c.precision,
+                         lr_at=lambda s: cosine_warmup(s, c.steps, c.warmup_steps, c.lr, c.min_lr),
+                         precision=c.precision,
                          seed=c.seed, micro_batch=c.batch_size // (c.accumulation_steps * world_size()))
         self.config, self.front = config, FrontEnd(config).to(device)
 
     def prepare(self, batch, step):
         "Log-mel, padding and masks on the device; a clip's masks depend on its place in the whole batch alone."
         n, world = len(batch["wave"]), world_size()
-        masks = draw_masks(self.config, n * world, generator=step_generator(self.seed, step)).rows(slice(rank(), None, world))
+        masks = draw_masks(self.config, n * world,
+                           generator=step_generator(self.seed, step)).rows(slice(rank(), None, world))
         pad, weight = self._padding(masks, self.front.padding(batch["valid_samples"]), n)
-        more = {k: v.to(self.device, non_blocking=True) for k, v in dict(padding=pad, weight=weight).items() if v is not None}
+        more = {k: v.to(self.device, non_blocking=True) for k, v in dict(padding=pad, weight=weight).items()
+                if v is not None}
         wave = batch["wave"].to(self.device, non_blocking=True)
         return dict(logmel=self.front(wave), **vars(masks.to(self.device)), **more)
 
@@ -903,7 +925,8 @@ class AaSPLearner(Learner):
 
     def loss(self, batch, generator):
         share = batch["weight"].mean() if "weight" in batch else None
-        return self.parallel(batch["logmel"], batch.get("padding"), generator, self._masks(batch), batch.get("contrastive"), share)
+        return self.parallel(batch["logmel"], batch.get("padding"), generator, self._masks(batch),
+                             batch.get("contrastive"), share)
 
     def after_step(self, step):
         c = self.config
@@ -928,7 +951,8 @@ def backward(self: AaSPLearner,
             step_generator(self.seed, step, rank(), k)  # the same drop path as in the second pass
             with torch.no_grad(), self.autocast():
                 seen.append(self.model.encode_views(part["logmel"], self._masks(part), part.get("padding")))
-        value, grad = cached_contrastive(torch.cat([v.z for v in seen]), c.temperature, torch.cat([v.valid for v in seen]))
+        value, grad = cached_contrastive(torch.cat([v.z for v in seen]), c.temperature,
+                                         torch.cat([v.valid for v in seen]))
         rows = grad.split([len(v.z) for v in seen])
         parts = [part | dict(contrastive=(value, g, len(parts))) for part, g in zip(parts, rows)]
     return Learner.backward(self, parts, step)
@@ -951,7 +975,7 @@ def save_encoder(
 
 # %% ../nbs/10_training.ipynb #3152b408
 def _compare(folder: Path):
-    "Raise `CheckpointError` where a file of an encoder folder differs from its checksum; without checksums nothing is compared."
+    "Raise `CheckpointError` where a file of an encoder folder differs from its checksum, if it has one."
     if not (folder / "checksums.json").exists(): return
     sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
     for name in ("model.safetensors", "config.json"):
@@ -987,7 +1011,9 @@ def load_encoder(
     config = AaSPConfig.from_dict(config)
     encoder = build_encoder(config)
     missing = sorted(set(encoder.state_dict()) - set(weights))
-    if missing: raise CheckpointError(f"{path}: weights do not fit their configuration: {missing[0]!r} and {len(missing) - 1} more "
+    if missing:
+        raise CheckpointError(f"{path}: weights do not fit their configuration: {missing[0]!r} and {len(missing) - 1} "
+                              "more "
                                       "are missing: export it again")
     try: encoder.load_state_dict(weights)
     except RuntimeError as e: raise CheckpointError(f"{path}: weights do not fit their configuration: {e}") from e
@@ -1035,7 +1061,8 @@ def prepare_data(
 def describe_data(dataset: AudioDataset) -> dict:
     "What identifies a run's data: number and list of clips."
     m = dataset.manifest
-    return dict(root=str(m.root), clips=len(m), digest=hashlib.sha256("\n".join(m.columns["path"]).encode()).hexdigest()[:16])
+    return dict(root=str(m.root), clips=len(m),
+                digest=hashlib.sha256("\n".join(m.columns["path"]).encode()).hexdigest()[:16])
 
 # %% ../nbs/10_training.ipynb #66b8875f
 def prepare_run(
@@ -1071,29 +1098,36 @@ def check_processes(
     if processes < 1: raise RunError(f"processes must be at least 1, got {processes}")
     parts = processes * config.accumulation_steps
     if config.batch_size % parts:
-        raise RunError(f"batch_size {config.batch_size} is not a multiple of processes x accumulation_steps ({parts}): change one")
+        raise RunError(f"batch_size {config.batch_size} is not a multiple of processes x accumulation_steps ({parts}): "
+                       "change one")
     if device.type != "cuda" or processes == 1: return
     have = torch.cuda.device_count()
-    if processes > have: raise RunError(f"processes={processes} needs as many GPUs, {have} are visible here (CUDA_VISIBLE_DEVICES): "
+    if processes > have:
+        raise RunError(f"processes={processes} needs as many GPUs, {have} are visible here (CUDA_VISIBLE_DEVICES): "
                                         "lower processes, or pass device=\"cpu\"")
-    if device.index is not None: raise RunError(f'{processes} processes take a GPU each: pass device="cuda" instead of "{device}"')
+    if device.index is not None:
+        raise RunError(f'{processes} processes take a GPU each: pass device="cuda" instead of "{device}"')
 
 # %% ../nbs/10_training.ipynb #79771ef5
 def _out_of_memory(e: Exception) -> bool:
     "Is this the device or the machine out of memory?"
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
-def _train(run, config: AaSPConfig, dataset: AudioDataset, device: torch.device, max_steps=None, workers=None, **kw) -> dict:
+def _train(run, config: AaSPConfig, dataset: AudioDataset, device: torch.device, max_steps=None, workers=None,
+           **kw) -> dict:
     "Train a run that is prepared, in this process, alone or as one of several; results in the first."
     try:
         learner = AaSPLearner(config, device)
         start, seconds = restore(run, learner)
-        done = run.resumed and start >= min(max_steps or config.steps, config.steps) and (run.path / "results.json").is_file()
+        done = run.resumed and start >= min(max_steps or config.steps,
+                                            config.steps) and (run.path / "results.json").is_file()
         if from_first(done):
             run.log(f"nothing to do: {start} steps are done", show=True)
             return run.read_json("results.json") if run.writes else None
-        if workers is None: workers = 0 if isinstance(dataset.reader, CachedReader) else max(1, os.cpu_count() // world_size() - 1)
-        loader = train_loader(dataset, config.batch_size, config.seed, start, workers=workers, pin_memory=device.type == "cuda",
+        if workers is None:
+            workers = 0 if isinstance(dataset.reader, CachedReader) else max(1, os.cpu_count() // world_size() - 1)
+        loader = train_loader(dataset, config.batch_size, config.seed, start, workers=workers, pin_memory=device.type
+                              == "cuda",
                               rank=rank(), world=world_size())
         run.start_metrics(start)
         out = fit(learner, loader, run, config.steps, start, max_steps, guard=Guard(run, after=config.warmup_steps),
@@ -1101,7 +1135,8 @@ def _train(run, config: AaSPConfig, dataset: AudioDataset, device: torch.device,
         return write_results(run, learner, dataset, config, out)
     except (MemoryError, RuntimeError) as e:
         if not _out_of_memory(e): raise
-        raise RunError(f"out of memory on {device}: raise accumulation_steps (now {config.accumulation_steps}), or lower "
+        raise RunError(f"out of memory on {device}: raise accumulation_steps (now {config.accumulation_steps}), or "
+                       "lower "
                        f"batch_size ({config.batch_size}) or views ({config.views})") from e
 
 # %% ../nbs/10_training.ipynb #6cb1bff9
@@ -1121,7 +1156,7 @@ def pretrain(
     resume: bool | str = False,  # False: a new run; True: go on; "auto": go on if there is something to go on with
     max_steps: int = None,  # end after this step, with a checkpoint; the schedule still spans config.steps
     device: str = "auto",  # "auto", "cpu", "cuda"
-    workers: int = None,  # loader processes (default: none for decoded clips, else one per core but one), per training process
+    workers: int = None,  # loader processes each (default: none for decoded clips, else cores less one)
     cache: bool | str = "auto",  # decode once: see `prepare_data`
     processes: int = 1,  # training processes; on GPUs one each
     **kw,  # log_every, save_every, keep_last, max_minutes, progress: see `fit`
@@ -1139,8 +1174,10 @@ def pretrain(
         run.close()  # the first of several processes takes it over
         if device.type == "cuda": gc.collect(); torch.cuda.empty_cache()
     source = data if isinstance(data, AudioDataset) else dataset.manifest
-    args = (config, source, run.path, device.type, isinstance(dataset.reader, CachedReader), max(1, torch.get_num_threads() // processes), kw)
-    return start_processes(_take_part, processes, args, device.type, tick=Picture(run.path).tick if kw.get("progress") != "none" else None,
+    args = (config, source, run.path, device.type, isinstance(dataset.reader, CachedReader),
+            max(1, torch.get_num_threads() // processes), kw)
+    return start_processes(_take_part, processes, args, device.type, tick=Picture(run.path).tick
+                           if kw.get("progress") != "none" else None,
                            say=lambda text: run.log(text, show=True))
 
 # %% ../nbs/10_training.ipynb #24069c6b
@@ -1148,7 +1185,8 @@ def _newest(run: RunDir) -> tuple:
     "Path, tensors and state of a run's newest whole checkpoint; damaged ones behind it are put aside."
     path, tensors, state = latest_checkpoint(run.checkpoints)
     if path is None:
-        if step_folders(run.checkpoints): raise RunError(f"no checkpoint in {run.checkpoints} is whole: choose another run_dir")
+        if step_folders(run.checkpoints):
+            raise RunError(f"no checkpoint in {run.checkpoints} is whole: choose another run_dir")
         run.log("no checkpoint yet: starting at step 0", show=True)
         return None, None, None
     for later in step_folders(run.checkpoints):
@@ -1230,15 +1268,18 @@ def notebook_parameters(
     injected = [i for i, c in enumerate(cells) if c.lstrip().startswith("# Parameters\n")]
     declared = next((i for i, c in enumerate(cells) if i not in injected), 0)
     if injected and injected[0] < declared:
-        raise ConfigError("the notebook's first code cell has lost its tag `parameters`: papermill's values would be ignored")
+        raise ConfigError("the notebook's first code cell has lost its tag `parameters`: papermill's values would be "
+                          "ignored")
     known, simple = _assigned(cells[declared]), dict(int=int, float=float, bool=bool, str=str)
     for name in (n for i in injected for n in _assigned(cells[i])):
         if name in known: continue
         near = difflib.get_close_matches(name, known, 1)
-        raise ConfigError(f"unknown parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"))
+        raise ConfigError(f"unknown parameter {name!r}"
+                          + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"))
     def value(name, kind, empty):
         if empty and str(scope[name]).strip() in ("None", ""): return None
         if kind is None: return scope[name]
-        plain = kind == "str" and isinstance(scope[name], (bool, int, float))  # papermill reads False and 2024 as what they look like
+        # papermill reads False and 2024 as what they look like
+        plain = kind == "str" and isinstance(scope[name], (bool, int, float))
         return str(scope[name]) if plain else coerce(name, scope[name], simple[kind])
     return {n: value(n, *how) for n, how in known.items()}

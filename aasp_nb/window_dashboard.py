@@ -56,7 +56,8 @@ def matched_width(family, kernel_size, normalization):
         c, s, dc, ds = w @ cos.T, w @ sin.T, -(m * w) @ sin.T, (m * w) @ cos.T
         over = (np.abs(c * dc + s * ds) / np.maximum(np.hypot(c, s), 1e-30)).max(-1) > 1
         if over.all() or not over.any():
-            raise StateError(f"no {FAMILIES[family][0]} of {kernel_size} frames has a peak gradient of 1 with unit {normalization}; "
+            raise StateError(f"no {FAMILIES[family][0]} of {kernel_size} frames has a peak gradient of 1 with unit "
+                             f"{normalization}; "
                              "raise the kernel size or set the widths by hand")
         i = int(over.argmin())  # gradients fall with the width
         low, high = float(rates[i - 1]), float(rates[i])
@@ -231,7 +232,8 @@ FIELDS = dict(
                 help="both exponentials; used with widths by hand"),
     inv_sigma=Field(0.25, "Gaussian 1/\u03c3", 0.02, 3.0, 0.01, unit="1/frame", help="used with widths by hand"),
     phase=Field("signed", "phase form", choices=("even", "signed"),
-                help="even: e^(-j beta |m|), the paper's equation 2; signed: e^(-j beta m), what Figure 2's argument describes"),
+                help="even: e^(-j beta |m|), the paper's equation 2; signed: e^(-j beta m), what Figure 2's argument "
+                     "describes"),
     signal=Field("complex", "tone is", choices=("complex", "real"),
                  help="complex: as in Figure 2; real: as a modulation is"),
     tone=Field(0.8, "tone", 0.2, 3.1, 0.01, unit="rad/frame"),
@@ -306,7 +308,8 @@ def verdict(
     best = max(fam, key=lambda f: np.interp(2.0, offset, fam[f]["gradient"]))
     values = ", ".join(f"{FAMILIES[f][0]} {np.interp(2.0, offset, fam[f]['gradient']):.2g}" for f in fam)
     says = "holds" if share > 0.95 else "does not hold" if share < 0.05 else f"holds over {share:.0%} of the range"
-    return (f"'The two-sided window keeps the largest gradient away from the tone' <b>{says}</b> here (offsets 1 to 3 rad/frame). "
+    return (f"'The two-sided window keeps the largest gradient away from the tone' <b>{says}</b> here (offsets 1 to 3 "
+            "rad/frame). "
             f"At 2 rad/frame the largest is the {FAMILIES[best][0]}'s: {values}.")
 
 # %% ../nbs/17a_window_dashboard.ipynb #eca7c6e3
@@ -390,7 +393,8 @@ def _table(result):
                     f"<td>{r['gradient'].max():.3g}</td><td>{np.interp(far, r['offset'], r['gradient']):.2g}</td>"
                     f"<td>{r['path'][-1] - state['tone']:+.3f}</td></tr>")
     return ("<table class='aasp-numbers'><tr><th>window</th><th>width</th><th>-6 dB at</th><th>peak gradient</th>"
-            f"<th>gradient at {far:.2f} rad</th><th>error after {state['steps']} steps (rad)</th></tr>" + "".join(rows) + "</table>")
+            f"<th>gradient at {far:.2f} rad</th><th>error after {state['steps']} steps (rad)</th></tr>" + "".join(rows)
+            + "</table>")
 
 # %% ../nbs/17a_window_dashboard.ipynb #a372a61b
 class WindowDashboard(Dashboard):
