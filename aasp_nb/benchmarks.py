@@ -363,7 +363,7 @@ def _listen(
 ) -> tuple:  # (what is wrong with unreadable ones, sentences about odd lengths)
     "Read the headers of clips, which finds text named .wav, pointers instead of files, and clips of another length."
     n = len(manifest)
-    look = range(n) if headers is None or n <= headers else np.linspace(0, n - 1, headers).round().astype(int) if headers else ()
+    look = np.linspace(0, n - 1, n if headers is None else min(n, headers)).round().astype(int)
     unreadable, seconds = [], []
     for i in look:
         try: seconds.append(audio_info(manifest.file(int(i)))["seconds"])
@@ -383,11 +383,12 @@ def _once(
         if have is r: continue
         again += 1
         if have["label"] != r["label"]:
-            raise BenchmarkError(f"{bench.title}: {r['path']!r} stands twice with labels {have['label']!r} and {r['label']!r}")
+            raise BenchmarkError(f"{bench.title}: {r['path']!r} stands twice with labels {have['label']!r}, {r['label']!r}")
         if (have["split"], have["fold"]) != (r["split"], r["fold"]): torn.append(r["path"])
         if rank.get(r["split"], 0) > rank.get(have["split"], 0): first[r["path"]] = r
     if not again: return rows, []
-    says = f"{again} clips are listed twice" + (f", {len(torn)} of them in several splits or folds, as {torn[0]}" if torn else "")
+    says = f"{again} clips are listed twice"
+    if torn: says += f", {len(torn)} of them in several splits or folds, as {torn[0]}"
     if torn: warnings.warn(f"{bench.title}: {says}: kept once, in the split that is evaluated", stacklevel=3)
     return list(first.values()), [says]
 
@@ -469,8 +470,9 @@ _LISTS = ("eval_segments.csv", "balanced_train_segments.csv", "class_labels_indi
 SOURCES = {
     "esc50": Source("https://github.com/karolpiczak/ESC-50", "CC BY-NC 3.0", "0.6 GB",
                     {"ESC-50-master.zip": ("https://github.com/karolpiczak/ESC-50/archive/master.zip", None)}),
-    "us8k": Source("https://urbansounddataset.weebly.com/urbansound8k.html", "CC BY-NC 3.0", "6 GB", {"UrbanSound8K.tar.gz": (
-        "https://zenodo.org/records/1203745/files/UrbanSound8K.tar.gz?download=1", "md5:9aa69802bbf37fb986f71ec1483a196e")}),
+    "us8k": Source("https://urbansounddataset.weebly.com/urbansound8k.html", "CC BY-NC 3.0", "6 GB",
+                   {"UrbanSound8K.tar.gz": ("https://zenodo.org/records/1203745/files/UrbanSound8K.tar.gz?download=1",
+                                            "md5:9aa69802bbf37fb986f71ec1483a196e")}),
     "scv2": Source("https://arxiv.org/abs/1804.03209", "CC BY 4.0", "2.4 GB", {"speech_commands_v0.02.tar.gz": (
         "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
         "sha256:af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58")}),
@@ -478,7 +480,8 @@ SOURCES = {
         f"nsynth-{s}.jsonwav.tar.gz": (f"{_NSYNTH}nsynth-{s}.jsonwav.tar.gz", None) for s in ("test", "valid", "train")}),
     "cremad": Source("https://github.com/CheyneyComputerScience/CREMA-D", "ODbL 1.0, contents DbCL 1.0", "0.6 GB in 7,442 files",
                      {"SentenceFilenames.csv": ("https://raw." + _CREMAD.format("") + "SentenceFilenames.csv", None)},
-                     ("SentenceFilenames.csv", "Filename", "https://media." + _CREMAD.format("media/") + "AudioWAV/{}.wav", "AudioWAV/{}.wav"),
+                     ("SentenceFilenames.csv", "Filename", "https://media." + _CREMAD.format("media/") + "AudioWAV/{}.wav",
+                      "AudioWAV/{}.wav"),
                      "The split of the paper is EVAR's random one: copy evar/metadata/cremad.csv from your own copy of EVAR "
                      "(https://github.com/nttcslab/eval-audio-repr, whose licence forbids passing it on) to {}/cremad.csv."),
     "as20k": Source("https://research.google.com/audioset", "CC BY 4.0 (the lists)", "3 MB of lists",
@@ -505,7 +508,8 @@ class _Resuming:
         kept = have if r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
         if r.status_code == 206 and not kept: raise requests.ConnectionError(f"{url}: another range than was asked for")
         tag = r.headers.get("ETag", "")
-        self.note.write_text(json.dumps({"tag": tag if tag and not tag.startswith("W/") else r.headers.get("Last-Modified")}))
+        if not tag or tag.startswith("W/"): tag = r.headers.get("Last-Modified")        # a weak tag does not name bytes
+        self.note.write_text(json.dumps({"tag": tag}))
         return r, kept
 
     def _get(self, url: str) -> int:
@@ -515,8 +519,8 @@ class _Resuming:
         total, begin, said = done + int(length) if length else None, time.monotonic(), time.monotonic()
         free = shutil.disk_usage(self.part.parent).free
         if total and total - done > free:
-            raise BenchmarkError(f"{url} needs {(total - done) / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free in {self.part.parent}: "
-                                 "free space or choose another root, then run the same again")
+            raise BenchmarkError(f"{url} needs {(total - done) / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free in "
+                                 f"{self.part.parent}: free space or choose another root, then run the same again")
         with r, open(self.part, "r+b" if done else "wb") as f:
             f.seek(done)
             for block in r.iter_content(1 << 16):
@@ -591,7 +595,9 @@ def _fetch_each(source: Source, target: Path, say):
     def one(n):
         file = _fetch_file(target, path.format(n), url.format(n), None, lambda line: None)
         with open(file, "rb") as f: head = f.read(4)
-        if head != b"RIFF": file.unlink(); raise BenchmarkError(f"{url.format(n)} sent no wav file: try again later (GitHub limits downloads)")
+        if head == b"RIFF": return
+        file.unlink()
+        raise BenchmarkError(f"{url.format(n)} sent no wav file: try again later (GitHub limits downloads)")
     with ThreadPoolExecutor(8) as pool:
         for k, _ in enumerate(ahead(pool, one, todo, 16), 1):
             if k % 500 == 0: say(f"  {len(names) - len(todo) + k:,} of {len(names):,} files")

@@ -101,7 +101,8 @@ class TextColumn(Sequence):
         self.stem, self.index = str(stem), index
         try:
             self.edges = np.load(f"{stem}.npy", mmap_mode="r").view(np.ndarray)
-            self.text = np.memmap(f"{stem}.txt", np.uint8, "r").view(np.ndarray) if os.path.getsize(f"{stem}.txt") else np.zeros(0, np.uint8)
+            empty = not os.path.getsize(f"{stem}.txt")  # nothing to map
+            self.text = np.zeros(0, np.uint8) if empty else np.memmap(f"{stem}.txt", np.uint8, "r").view(np.ndarray)
         except Exception as e: raise ManifestError(f"{stem}: damaged column of a manifest ({type(e).__name__}: {e})") from e
         e = self.edges
         if e.dtype != np.int64 or e.ndim != 1 or not len(e) or e[0] or e[-1] != len(self.text) or (np.diff(e) < 0).any():
@@ -141,7 +142,7 @@ class Manifest:
     def __contains__(self, name): return name in self.columns
     def __repr__(self): return f"Manifest({len(self)} clips, columns {list(self.columns)}, root {self.root.name!r})"
 
-    def file(self, i: int) -> "Path | TarPart":  # absolute path of clip `i`, or a file object where it lies inside a tar
+    def file(self, i: int) -> "Path | TarPart":  # absolute path of clip `i`; a file object where it lies in a tar
         "The file of one clip."
         where = self.columns["shard"][i] if "shard" in self.columns else ""
         return TarPart(self.root, where, self.columns["path"][i]) if where else self.root / self.columns["path"][i]
@@ -168,8 +169,9 @@ def _keep_once(
         if splits and splits[i] != splits[j]: torn.append(p)
         if torn[-1:] == [p] and rank.get(splits[i], 0) > rank.get(splits[j], 0): first[p] = i
     if len(first) == len(columns["path"]): return columns
-    where = f"; {len(torn)} of them stand in several splits, as {torn[0]!r}, and stay in the one that is evaluated" if torn else ""
-    warnings.warn(f"{len(columns['path']) - len(first)} duplicate paths in the manifest were left out{where}", stacklevel=3)
+    where = f"; {len(torn)} of them stand in several splits, as {torn[0]!r}, and stay in the one that is evaluated"
+    again = len(columns["path"]) - len(first)
+    warnings.warn(f"{again} duplicate paths in the manifest were left out{where if torn else ''}", stacklevel=3)
     return {k: [v[i] for i in sorted(first.values())] for k, v in columns.items()}
 
 # %% ../nbs/09_data.ipynb #d370816c
@@ -226,7 +228,8 @@ def _check_tars(
         if inside(folder, name) != name or "/" in name: raise ManifestError(f"tar {name!r} leaves the folder {folder}")
         have = os.path.getsize(folder / name) if (folder / name).is_file() else None
         if have is None: raise ManifestError(f"{folder / name} is missing: copy it again")
-        if have != size: raise ManifestError(f"{folder / name} has {have:,} bytes instead of {size:,}: truncated or replaced, copy it again")
+        if have == size: continue
+        raise ManifestError(f"{folder / name} has {have:,} bytes instead of {size:,}: truncated or replaced, copy it again")
 
 @patch(cls_method=True)
 def from_shards(
@@ -240,11 +243,13 @@ def from_shards(
         if index["format"] != 1: raise ManifestError(f"{folder}: shards of format {index['format']!r}, this version reads 1")
         _check_tars(folder, index)
         out = cls.__new__(cls)
-        out.root, out.columns = folder, {str(n): TextColumn(folder / "columns" / str(k)) for k, n in enumerate(index["columns"])}
+        columns = {str(n): TextColumn(folder / "columns" / str(k)) for k, n in enumerate(index["columns"])}
+        out.root, out.columns = folder, columns
         whole = {len(c) for c in out.columns.values()} == {index["clips"]} and {"path", "shard"} <= set(out.columns)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         if isinstance(e, ManifestError): raise
-        raise ManifestError(f"{folder}: damaged index of shards ({type(e).__name__}: {e}); copy shards.json and columns again") from e
+        raise ManifestError(f"{folder}: damaged index of shards ({type(e).__name__}: {e}): "
+                            "copy shards.json and columns again") from e
     if not whole: raise ManifestError(f"{folder}: damaged index of shards (columns differ in length)")
     return out
 

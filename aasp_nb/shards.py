@@ -7,6 +7,7 @@ __all__ = ['read_tar', 'index_tars', 'damaged_tars', 'make_shards']
 
 # %% ../nbs/09a_shards.ipynb #ba6dbcb2
 import contextlib, fcntl, hashlib, io, json, os, shutil, tarfile, time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def _whole(
     "Raise `ManifestError` unless the two empty blocks that end a tar are there."
     with open(path, "rb") as f:
         f.seek(end)
-        if f.read(1024) != b"\0" * 1024: raise ManifestError(f"{path}: truncated tar (its end is missing): copy or make it again")
+        if f.read(1024) == b"\0" * 1024: return
+    raise ManifestError(f"{path}: truncated tar (its end is missing): copy or make it again")
 
 def _row(
     tar: Path,  # for messages
@@ -120,16 +122,17 @@ def index_tars(
         if r["path"] in seen: raise ManifestError(f"{r['path']!r} lies in {seen[r['path']]} and in {r['shard']}: leave one out")
         seen[r["path"]] = r["shard"]
     names = list(dict.fromkeys(k for r in rows for k in r))
-    parts = [r["shard"].split("@")[0] for r in rows]
-    return _finish(folder, [dict(name=t.name, bytes=t.stat().st_size, sha256=_sha256(t), clips=parts.count(t.name)) for t in tars],
-                   rows, names)
+    count = Counter(r["shard"].split("@")[0] for r in rows)
+    told = [dict(name=t.name, bytes=t.stat().st_size, sha256=_sha256(t), clips=count[t.name]) for t in tars]
+    return _finish(folder, told, rows, names)
 
 def damaged_tars(
     folder: str | Path,  # of shards
 ) -> list:  # names of tars whose bytes are not those that were written
     "Compare every tar with its checksum: after a copy, or when in doubt. Raises `ManifestError` as `Manifest.open` does."
     folder = Manifest.from_shards(folder).root
-    return [t["name"] for t in json.loads((folder / "shards.json").read_text())["tars"] if _sha256(folder / t["name"]) != t["sha256"]]
+    tars = json.loads((folder / "shards.json").read_text(encoding="utf-8"))["tars"]
+    return [t["name"] for t in tars if _sha256(folder / t["name"]) != t["sha256"]]
 
 # %% ../nbs/09a_shards.ipynb #aaa193a7
 class _Hashed:
@@ -147,7 +150,7 @@ def _clip_bytes(
     i: int,  # clip
     sr: int | None,  # Hz, or None for the bytes as they are
 ) -> tuple:  # (binary file object, its size, file ending)
-    "A clip's content; what cannot be decoded or is missing goes in as it is, so that numbers stay and it is reported when read."
+    "A clip's content; what cannot be decoded or is missing goes in as it is: numbers stay, and reading reports it."
     file = manifest.file(i)
     suffix = Path(manifest.columns["path"][i]).suffix.lower()
     if sr:
@@ -263,7 +266,8 @@ def make_shards(
     missing, size = _missing(manifest)
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
     if not sr and size > free and not list(out.glob("*.tar")):
-        raise ManifestError(f"the clips have {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free for {out}: free space or choose another")
+        raise ManifestError(f"the clips have {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free for {out}: "
+                            "free space or choose another place")
     if missing and not allow_missing:
         raise ManifestError(f"{len(missing):,} of {len(manifest):,} files are missing or empty, as {', '.join(missing[:3])}: "
                             "complete the data, or pass allow_missing=True")
@@ -275,8 +279,9 @@ def make_shards(
         tars = _write_all(out, manifest, parts, notes, sr, workers, progress)
         names = [c for c in manifest.columns if c != "shard"] + ["shard"]
         made = _finish(out, tars, (r for t in tars for r in read_tar(out / t["name"])), names, plan)
-        if len(made) != len(manifest): raise ManifestError(f"{out}: {len(made)} of {len(manifest)} clips; endings other than "
-                                                           f"{', '.join(AUDIO_SUFFIXES)} cannot be packed: convert them, or pass sr")
+        if len(made) != len(manifest):
+            raise ManifestError(f"{out}: {len(made)} of {len(manifest)} clips; endings other than {', '.join(AUDIO_SUFFIXES)} "
+                                "cannot be packed: convert them, or pass sr")
     return made
 
 # %% ../nbs/09a_shards.ipynb #81810417
@@ -311,9 +316,9 @@ def _write_all(
 ) -> list:  # records of the tars, in order
     "Write all tars that are not there yet."
     tars, clips, fresh, begin, said = [], 0, 0, time.monotonic(), 0.0
+    one = lambda k: _one_shard(out, k, manifest, parts[k], sr, notes[k])
     with ThreadPoolExecutor(max(1, workers)) as pool, \
-         contextlib.closing(ahead(pool, lambda k: _one_shard(out, k, manifest, parts[k], sr, notes[k]), range(len(parts)),
-                                  workers)) as results:
+         contextlib.closing(ahead(pool, one, range(len(parts)), workers)) as results:
         for tar, there in results:
             tars.append(tar)
             clips, fresh, now = clips + tar["clips"], fresh + (0 if there else tar["clips"]), time.monotonic() - begin
