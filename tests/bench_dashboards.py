@@ -91,12 +91,13 @@ def main():
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=ROOT / "figures" / "bench_dashboards.csv")
     parser.add_argument("--servers", default="lab,voila")
+    parser.add_argument("--only", default="", help="one dashboard; the file keeps the rows of the others")
     args = parser.parse_args()
     reason = browser.missing(voila="voila" in args.servers)
     if reason: sys.exit(f"cannot measure: {reason}")
     rows, where = [], hardware()
     for server in (s for s in (browser.Lab, browser.Voila) if s.name in args.servers.split(",")):
-        for name in dict.fromkeys(c[0] for c in CASES):
+        for name in dict.fromkeys(c[0] for c in CASES if args.only in ("", c[0])):
             with server(ROOT / "nbs" / "dashboards" / f"{name}.ipynb") as s, s.page(height=1500) as page:
                 open_dashboard(page, server)
                 for _, field, key, what, target in (c for c in CASES if c[0] == name):
@@ -112,10 +113,11 @@ def main():
                                      date=datetime.now(timezone.utc).strftime("%Y-%m-%d")))
                     print({k: v for k, v in rows[-1].items() if k not in ("hardware", "date")}, flush=True)
     args.out.parent.mkdir(exist_ok=True)
+    kept = list(csv.DictReader(args.out.open(newline=""))) if args.only and args.out.exists() else []
     with open(args.out, "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([r for r in kept if r["dashboard"] != args.only] + rows)
     over = [r for r in rows if r["target_ms"] and r["median_ms"] > r["target_ms"]]
     print(f"\n{where}\n{'all medians within their targets' if not over else 'OVER the target: ' + ', '.join(r['dashboard'] + '/' + r['slider'] for r in over)}")
     return int(bool(over))
