@@ -98,6 +98,7 @@ def finish(process):
     return out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_has_the_losses_of_an_uninterrupted_run(clips, whole, tmp_path):
     rng = random.Random(0)
     for step in (7, 16):
@@ -112,7 +113,8 @@ def test_killed_and_resumed_has_the_losses_of_an_uninterrupted_run(clips, whole,
     assert got["step"].tolist() == list(range(1, 25)) and agree(got, whole)
 
 
-@pytest.mark.parametrize("name, group", [("SIGTERM", True), ("SIGINT", True), ("SIGUSR1", False)])
+@pytest.mark.parametrize("name, group", [("SIGTERM", True), pytest.param("SIGINT", True, marks=pytest.mark.slow),
+                                         pytest.param("SIGUSR1", False, marks=pytest.mark.slow)])
 def test_signals_leave_a_checkpoint_at_a_step_boundary(clips, tmp_path, name, group):
     process = start(clips, tmp_path / "run")
     until(process, 3)
