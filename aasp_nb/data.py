@@ -169,9 +169,9 @@ def _keep_once(
         if splits and splits[i] != splits[j]: torn.append(p)
         if torn[-1:] == [p] and rank.get(splits[i], 0) > rank.get(splits[j], 0): first[p] = i
     if len(first) == len(columns["path"]): return columns
-    where = f"; {len(torn)} of them stand in several splits, as {torn[0]!r}, and stay in the one that is evaluated"
+    where = torn and f"; {len(torn)} of them stand in several splits, as {torn[0]!r}, and stay in the one that is evaluated"
     again = len(columns["path"]) - len(first)
-    warnings.warn(f"{again} duplicate paths in the manifest were left out{where if torn else ''}", stacklevel=3)
+    warnings.warn(f"{again} duplicate paths in the manifest were left out{where or ''}", stacklevel=3)
     return {k: [v[i] for i in sorted(first.values())] for k, v in columns.items()}
 
 # %% ../nbs/09_data.ipynb #d370816c
@@ -347,6 +347,24 @@ def targets(
     if not multi: return np.array([number[n[0]] for n in names], np.int64)
     out = np.zeros((len(names), len(number)), np.float32)
     for i, n in enumerate(names): out[i, [number[x] for x in n]] = 1
+    return out
+
+# %% ../nbs/09_data.ipynb #e0d2ce47
+@patch
+def with_folds(
+    self: Manifest,
+    folds: int = 5,  # folds K, >= 2
+    seed: int = 0,  # which groups meet in a fold
+) -> Manifest:  # the same rows with a new column `fold`, "1" to "K", and no `split`
+    "K folds by group (by clip without groups) in place of the data's own split; ManifestError if groups are too few."
+    group = list(self.columns["group" if "group" in self else "path"])
+    names = sorted(set(group))
+    if not 2 <= folds <= len(names): raise ManifestError(f"{folds} folds of {len(names)} groups: choose 2 to {len(names)}")
+    order = np.random.default_rng(seed).permutation(len(names))
+    fold = {names[i]: str(k % folds + 1) for k, i in enumerate(order)}
+    out = self.take(range(len(self)))
+    out.columns.pop("split", None)
+    out.columns["fold"] = [fold[g] for g in group]
     return out
 
 # %% ../nbs/09_data.ipynb #fee26c27
