@@ -231,5 +231,7 @@ def ablation_picture(
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(2, 2, figsize=(12, 6.4), layout="constrained")
     for ax, t in zip(axes.flat, ("V", "VI", "VII", "VIII")):
-        ablation_scene(compute_ablations(check_state(FIELDS, {**state, "table": t}))).on_axes(ax)
+        result = compute_ablations(check_state(FIELDS, {**state, "table": t}))
+        result["row"] = [l["default"] for l in result["lines"]].index(True)  # each table shades its default
+        ablation_scene(result).on_axes(ax)
     return fig
