@@ -6,8 +6,8 @@
 __all__ = ['sincos_axis', 'sincos_positions', 'resize_positions', 'patch_grid', 'as_logmel', 'valid_patches', 'check_visible',
            'gather_tokens', 'patchify', 'StandardPatchEmbed', 'initial_raw', 'init_linear', 'key_mask', 'LambdaEncoder',
            'FixedParameters', 'frame_moments', 'pool_rows', 'moment_weights', 'group_statistics', 'patch_statistics',
-           'row_linear', 'fuse_tail', 'extend_last', 'hide_masked', 'check_choices', 'keep_patches', 'AdaptiveSBLU',
-           'PatchFusion', 'AaPE', 'count_parameters']
+           'row_linear', 'fuse_tail', 'extend_last', 'hide_masked', 'check_choices', 'keep_patches', 'GroupedPointwise',
+           'AdaptiveSBLU', 'PatchFusion', 'AaPE', 'count_parameters']
 
 # %% ../nbs/03_patch_embed.ipynb #321de818
 import torch
@@ -359,6 +359,15 @@ def keep_patches(
     whole = valid.repeat(1, rows)
     return whole[:, None] if visible is None else gather_tokens(whole[..., None], visible)[..., 0]
 
+# %% ../nbs/03_patch_embed.ipynb #3b5ff047
+class GroupedPointwise(nn.Conv1d):
+    "Pointwise convolution in groups, without bias, as a batched matrix product."
+    def forward(self,
+        x: torch.Tensor, # [B, in_channels, T]
+    ) -> torch.Tensor: # [B, out_channels, T]
+        weight = self.weight[..., 0].unflatten(0, (self.groups, -1))
+        return (weight @ x.unflatten(1, (self.groups, -1))).flatten(1, 2)
+
 # %% ../nbs/03_patch_embed.ipynb #c2ffef5e
 class AdaptiveSBLU(nn.Module):
     "High-pass, B, adaptive two-sided convolution, C, group normalisation, depthwise convolution (section III-C)."
@@ -379,7 +388,7 @@ class AdaptiveSBLU(nn.Module):
         self.rows, self.patch_size, self.hidden = rows, tuple(patch_size), hidden
         self.norm_scope, self.highpass_taps = norm_scope, highpass_taps
         self.kernel = dict(kernel_size=kernel_size, delta=delta, phase=phase, backend=backend)
-        self.b = nn.Conv1d(rows * patch_size[0], rows * hidden, 1, groups=rows, bias=False)
+        self.b = GroupedPointwise(rows * patch_size[0], rows * hidden, 1, groups=rows, bias=False)
         self.c = nn.Conv1d(rows * hidden, rows * dim, 1, groups=rows, bias=False)
         self.norm = nn.GroupNorm(rows, rows * dim)
         self.pool = nn.Conv1d(rows * dim, rows * dim, patch_size[1], patch_size[1], groups=rows * dim)
