@@ -180,8 +180,8 @@ class AblationDashboard(Dashboard):
         self.plot.show(ablation_scene(result))
         self.table.value, self.detail.value = ablation_table(result), details(result)
         where = ", ".join(v for v in result["filters"].values() if v) or "no rows"
-        self.about.value = (f"<div class='aasp-note'>Ours: {html.escape(where)}. Paper: pre-trained on AudioSet, 600K steps. "
-                            "The table has the intervals that leave the drawing.</div>")
+        self.about.value = (f"<div class='aasp-note'>Ours: {html.escape(where)}. Paper: pre-trained on AudioSet, "
+                            "600K steps. Intervals may reach beyond the drawing.</div>")
 
 # %% ../nbs/17c_ablation_dashboard.ipynb #8a2e33f4
 @patch
