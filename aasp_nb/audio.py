@@ -270,8 +270,9 @@ def zero_phase_highpass(
     matrix = _two_pass_matrix(float(cutoff), int(num_taps), dtype, x.device)
     with torch.autocast(x.device.type, enabled=False):        # half precision would lose the small modulation
         rows = F.pad(x.reshape(-1, 1, T).to(dtype), (edge, edge + -T % _BLOCK), mode="replicate")[:, 0]
-        y = rows.unfold(-1, len(matrix), _BLOCK) @ matrix     # [rows, blocks, _BLOCK]
-        return y.flatten(1)[:, :T].reshape(x.shape).to(x.dtype)
+        windows = rows.unfold(-1, len(matrix), _BLOCK)
+        y = windows.reshape(-1, len(matrix)) @ matrix           # one product, not one per row
+        return y.view(len(rows), windows.shape[1] * _BLOCK)[:, :T].reshape(x.shape).to(x.dtype)
 
 # %% ../nbs/00_audio.ipynb #81111737
 def highpass_response(
