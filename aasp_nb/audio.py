@@ -198,9 +198,13 @@ class LogMel(nn.Module):
         frames = 1 + x.shape[-1] // self.hop_length
         x = F.pad(x, (0, max(0, self.n_fft // 2 + 1 - x.shape[-1])))     # the least that reflecting the ends needs
         with torch.autocast(x.device.type, enabled=False):
-            z = self.spec.spectrogram(x)
-            power = z.real.square().addcmul_(z.imag, z.imag)      # |z|^2 without the square root that abs would take
-            return self.spec.mel_scale(power)[..., :frames].clamp_min(self.floor).log()
+            clips = x.split(1) if x.device.type == "cpu" else [x]  # the spectrogram of a batch does not fit a cache
+            return torch.cat([self._mel(c)[..., :frames].clamp_min(self.floor).log() for c in clips])
+
+    def _mel(self, x):
+        "Mel power of waveforms; |z|^2 without the square root that abs would take."
+        z = self.spec.spectrogram(x)
+        return self.spec.mel_scale.fb.T @ z.real.square().addcmul_(z.imag, z.imag)
 
 # %% ../nbs/00_audio.ipynb #7e45006d
 def pad_or_trim(
