@@ -641,9 +641,11 @@ class Plot(anywidget.AnyWidget):
 # %% ../nbs/17_dashboards.ipynb #badf9e16
 _TOGETHER_JS = r"""
 function initialize({ model }) {
-  model.on('change:bundle', async () => {
+  let queue = Promise.resolve();  // one bundle after the other: a later one must not overtake
+  model.on('change:bundle', () => {
     const bundle = model.get('bundle');
-    for (const id of Object.keys(bundle)) (await model.widget_manager.get_model(id)).set_state(bundle[id]);
+    queue = queue.then(async () => { for (const id of Object.keys(bundle))
+      (await model.widget_manager.get_model(id)).set_state(bundle[id]); });
   });
 }
 export default { initialize };
