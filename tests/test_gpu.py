@@ -45,16 +45,17 @@ def test_without_a_gpu_nothing_runs_and_it_says_so(tmp_path, monkeypatch, capsys
 
 def test_parts_are_recorded_skipped_and_stopped(tmp_path, monkeypatch, capsys):
     parts = {"good": ("a", ["-c", "print('{out}')"]), "bad": ("b", ["-c", "raise SystemExit(7)"]),
-             "slow": ("c", ["-c", "import time; print('on', flush=True); time.sleep(60)"])}
+             "slow": ("c", ["-c", "import time; time.sleep(600)"])}
     monkeypatch.setattr(gpu, "PARTS", parts)
     monkeypatch.setattr(gpu, "gpu_name", lambda: "a GPU")
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["gpu.py", *words, "--out", str(tmp_path), "--limit", "5"])
+    def run(*words, limit="120"):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *words, "--out", str(tmp_path), "--limit", limit])
         return gpu.main(), capsys.readouterr().out
-    code, text = run()
+    code, text = run("good", "bad")
     assert code == 1 and str(tmp_path) in text
+    assert run("slow", limit="1")[0] == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert [found[p]["result"] for p in parts] == ["passed", "failed, exit status 7", "stopped after 5 s"]
+    assert [found[p]["result"] for p in parts] == ["passed", "failed, exit status 7", "stopped after 1 s"]
     assert found["good"]["gpu"] == "a GPU" and found["good"]["revision"] == gpu.revision() and found["good"]["tail"] == str(tmp_path)
     code, text = run("good", "bad")  # what passed is skipped, what failed runs again
     assert code == 1 and "good: recorded" in text and "bad: recorded" not in text
