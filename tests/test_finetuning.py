@@ -15,7 +15,7 @@ import torch
 from aasp_nb.benchmarks import BENCHMARKS, append_results, read_results
 from aasp_nb.clips import write_clips
 from aasp_nb.data import Manifest
-from aasp_nb.finetuning import FINETUNE_PRESETS, FinetuneConfig, finetune, load_classifier
+from aasp_nb.finetuning import FINETUNE_PRESETS, RULES, FinetuneConfig, finetune, load_classifier
 from aasp_nb.pretraining import AaSPConfig, build_encoder
 from aasp_nb.training import latest_checkpoint, read_metrics, save_encoder
 
@@ -198,6 +198,19 @@ def test_notebook_refuses_before_any_work(run):
     import papermill
     with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'mixup'"): run("finetune.ipynb", mixpu=0.3)
     assert not (run.home / "runs").exists() and not (run.home / "cache").exists()
+
+
+def test_committed_results_are_whole():
+    "Every score of the small-scale result: all rules by one vocabulary, all folds, no local paths."
+    path = RUNS.parent.parent / "figures" / "results_real_audio.csv"
+    rows = read_results(path)
+    assert {r["rule"] for r in rows} == set(RULES) and all(0 < r["value"] < 1 and r["metric"] == "accuracy" for r in rows)
+    assert all("(opus" in r["dataset"] for r in rows), "copies are named for what they are"
+    runs = {(r["task"], r["model"], r["seed"]): {q["fold"] for q in rows if (q["task"], q["model"], q["seed"]) == (
+        r["task"], r["model"], r["seed"]) and q["dataset"].startswith("esc50")} for r in rows}
+    assert set(map(frozenset, runs.values())) <= {frozenset("12345")}
+    commands = {r["command"] for r in rows}
+    assert all("-p data $AASP_DATA/" in c for c in commands) and not any(" /" in c for c in commands)
 
 
 def test_tables_keep_copies_out_of_official_columns(run):
