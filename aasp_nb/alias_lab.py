@@ -437,7 +437,8 @@ def load_sounds(self: AliasLab):
 def clicked(self: AliasLab, click, plot):
     "A click chooses the patch, on the spectrogram the band too, and plays it."
     if click.get("x") is None or not self.result: return
-    new = dict(at=float(np.clip(round(click["x"], 2), 0, FIELDS["at"].high)))
+    step = FIELDS["at"].step  # a value off the slider's steps would come back rounded, as a change
+    new = dict(at=float(np.clip(round(round(click["x"] / step) * step, 9), 0, FIELDS["at"].high)))
     if plot is self.plots["spectrogram"]: new["band"] = int(np.clip(click["y"], 0, len(self.result["logmel"]) - 1))
     self.asked = True
     self.update(**new)
