@@ -395,7 +395,7 @@ class AliasLab(Dashboard):
 
     def build(self):
         self.plots = {n: Plot() for n in ("spectrogram", "envelope", "before", "after", "sblu", "residual")}
-        self.numbers, self.wave = W.HTML(), None
+        self.numbers, self.wave, self.shown = W.HTML(), None, {}
         self.sounds = {n: Sound(label=label) for n, label in LABELS.items()}
         self.voice, self.asked, self.loaded = Latest(self.load_sounds, delay=0.25), False, None
         self.upload = W.FileUpload(accept="audio/*,.wav,.flac,.ogg,.opus,.mp3", multiple=False,
@@ -414,7 +414,10 @@ class AliasLab(Dashboard):
     def draw(self, r):
         scenes = dict(spectrogram=spectrogram_scene(r, self.group), envelope=envelope_scene(r, self.group),
                       before=before_scene(r), after=after_scene(r), sblu=sblu_scene(r), residual=residual_scene(r))
-        for n, s in scenes.items(): self.plots[n].show(s)
+        for n, s in scenes.items():  # what is the same as before is not drawn again
+            now = s.spec, *(a.tobytes() for a in (*s.floats, *s.pictures))
+            if self.shown.get(n) != now: self.plots[n].show(s)
+            self.shown[n] = now
         self.numbers.value = lab_table(r)
         for s in self.sounds.values(): s.wav = b""
         if self.voice.waiting is not None: self.voice.waiting.cancel()

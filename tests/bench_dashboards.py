@@ -17,8 +17,8 @@ CASES = (  # dashboard, slider, key, what is redrawn, target in ms
     ("patch_parameters", "time_patch", "ArrowRight", "128 x 608 picture and 5 canvases", 100),
     ("patch_parameters", "clip_index", "ArrowRight", "the same, with a new clip, log-mel and estimates", None),
     ("ablations", "row", "ArrowLeft", "bars and tables", 50),
-    ("alias_lab", "decay", "ArrowRight", "5 canvases of curves, 128 x 608 picture", 50),
-    ("alias_lab", "hop", "ArrowRight", "the same, another patching", 50),
+    ("alias_lab", "decay", "ArrowRight", "2 canvases of curves and numbers", 50),
+    ("alias_lab", "hop", "ArrowRight", "128 x 608 picture, 5 canvases and numbers", 100),
     ("alias_lab", "rate", "ArrowRight", "the same, a new sound and its log-mel", 100),
 )
 WATCH = """() => { window.bench = { t0: 0, last: 0 };
