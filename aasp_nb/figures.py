@@ -12,6 +12,7 @@ __all__ = ['COLOURS', 'LINES', 'STYLE', 'WINDOW_LINES', 'BOX_COLOURS', 'publicat
 
 # %% ../nbs/16_figures.ipynb #1bcdbe9a
 import contextlib
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,10 @@ def save_figure(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with publication_style():
+        if fig.get_layout_engine() is not None:  # its solver's last bits vary from run to run, and ids are made from them
+            fig.draw_without_rendering()
+            fig.set_layout_engine("none")
+            for ax in fig.axes: ax.set_position(np.round(ax.get_position().bounds, 9))
         fig.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
         fig.savefig(folder / f"{name}.png", metadata={"Software": None})
     return [folder / f"{name}.svg", folder / f"{name}.png"]
@@ -457,10 +462,12 @@ def clip_parameters(
     frames: int | None = None, # length after padding or cutting; None: the configuration's
 ) -> tuple: # logmel [F, T] in nats, alpha and beta [N_f, H, N_t] in rad per frame
     "Log-mel spectrogram of a clip and the decay and frequency that a patch embedding estimates for it."
-    logmel = pad_or_trim(build_logmel(config)(wave)[0], frames or config.n_frames, math.log(config.log_floor))
+    embed = copy.deepcopy(embed).double().eval()  # in float64 the figure is the same file on every run
+    logmel = build_logmel(config).double()(wave.double())[0]
+    logmel = pad_or_trim(logmel, frames or config.n_frames, math.log(config.log_floor))
     x = standardize(logmel, config.norm_mean, config.norm_std)
-    with torch.no_grad(): alpha, beta = embed.eval().estimate(x[None])
-    return logmel, alpha[0], beta[0]
+    with torch.no_grad(): alpha, beta = embed.estimate(x[None])
+    return logmel.float(), alpha[0].float(), beta[0].float()
 
 # %% ../nbs/16_figures.ipynb #7e1df148
 def parameter_statistics(

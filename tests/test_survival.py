@@ -1,6 +1,7 @@
 """Runs that survive: real kills, signals through the launcher, full disks and vanished folders, guards that do not wait."""
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -327,11 +328,10 @@ def test_a_killed_loader_worker_is_replaced_and_no_batch_changes(clips):
     from aasp_nb.data import AudioDataset, train_loader
     load = lambda workers: train_loader(AudioDataset(clips, 0.2), 4, seed=1, stop=14, workers=workers)
     want, got = [b["wave"] for b in load(0)], []
-    me = psutil.Process()
     with pytest.warns(UserWarning, match="loader worker was killed") as w:
         for k, b in enumerate(load(2)):
             got.append(b["wave"])
-            if k == 2: me.children()[0].kill()
+            if k == 2: multiprocessing.active_children()[0].kill()
     assert len([x for x in w if "loader worker" in str(x.message)]) == 1
     assert len(got) == len(want) and all(torch.equal(a, b) for a, b in zip(got, want))
 
