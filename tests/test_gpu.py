@@ -75,7 +75,8 @@ def test_parts_name_what_exists():
     assert pins and all(known[name] == version for name, version in pins.items())
 
 
-def test_notebook_parameters():
+def test_notebook_parameters(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")  # what `execute` sets would reach the kernels of other tests
     assert gpu.parameter("a=3") == ("a", 3) and gpu.parameter("b=cuda") == ("b", "cuda") and gpu.parameter("c=1=2") == ("c", "1=2")
     with pytest.raises(SystemExit, match="no parameter nonsense"): gpu.execute("nbs/runs/bench_sblu.ipynb", dict(nonsense=1))
 
