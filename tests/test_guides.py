@@ -44,8 +44,7 @@ REDUCED = {
     "lessons/04_inside_aape.ipynb": dict(),
     "lessons/05_pretraining_in_five_minutes.ipynb": dict(steps=6),
 }
-# What `make test` runs here; the rest runs here with --full. BY_OTHERS: run in `make test` by another test, named.
-QUICK = {"runs/compare_runs.ipynb", "dashboards/alias_lab.ipynb", "lessons/01_aliasing.ipynb", "lessons/03_sblu_by_hand.ipynb"}
+# Every notebook runs here in `make test`, but those that another test runs there, named; --full runs these here too.
 BY_OTHERS = {"runs/figures.ipynb": "test_guides.py", "runs/finetune.ipynb": "test_finetuning.py",
              "runs/linear_probe.ipynb": "test_probing.py", "runs/pretrain.ipynb": "test_training.py",
              "dashboards/ablations.ipynb": "test_dashboards.py", "dashboards/windows.ipynb": "test_dashboards.py"}
@@ -116,9 +115,8 @@ def outputs(nb) -> list:
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_notebook_executes(name, tmp_path, request):
-    if name not in QUICK and not request.config.getoption("--full"):
-        where = f"in {BY_OTHERS[name]}, and here" if name in BY_OTHERS else "here"
-        pytest.skip(f"SKIPPED: {name} runs {where} with --full (make test-full)")
+    if name in BY_OTHERS and not request.config.getoption("--full"):
+        pytest.skip(f"SKIPPED: {name} runs in {BY_OTHERS[name]}, and here with --full (make test-full)")
     nb, seconds = execute(name, tmp_path)
     print(f"{name}: {seconds:.0f} s of processor time")
     assert not [o for o in outputs(nb) if o.output_type == "error"]
@@ -129,7 +127,7 @@ def test_notebook_executes(name, tmp_path, request):
 
 def test_every_notebook_is_named():
     "No notebook of the three kinds is left out, and none is named that does not exist."
-    assert sorted(REDUCED) == GUIDES and {*QUICK, *BY_OTHERS} <= {*REDUCED} and not QUICK & {*BY_OTHERS}
+    assert sorted(REDUCED) == GUIDES and {*BY_OTHERS} <= {*REDUCED}
     for name, test in BY_OTHERS.items():
         assert Path(name).stem in (ROOT / "tests" / test).read_text(encoding="utf-8"), f"{test} does not mention {name}"
 
