@@ -9,7 +9,6 @@ __all__ = ['Block', 'AudioViT', 'resize_positions', 'sincos_positions', 'count_p
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from timm.layers import Attention, DropPath, Mlp
 from torch import nn
 
 from .patch_embed import (count_parameters, init_linear, keep_patches, key_mask, resize_positions,
@@ -32,6 +31,7 @@ class Block(nn.Module):
         if block_norm not in ("pre", "post"):
             raise ValueError(f'block_norm must be "pre" or "post", got {block_norm!r}')
         if dim % num_heads: raise ValueError(f"embed_dim {dim} must be divisible by num_heads {num_heads}")
+        from timm.layers import Attention, DropPath, Mlp  # here: its import takes over a second, and not all need it
         self.post = block_norm == "post"
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads, qkv_bias=True)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(dim * mlp_ratio))

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from timm.models.vision_transformer import Block as PreNormBlock
 
 from .audio import zero_phase_highpass
 from .sblu import bound_parameters, check_kernel_size, initial_raw_decay, initial_raw_freq
@@ -202,6 +201,7 @@ class LambdaEncoder(nn.Module):
     ):
         super().__init__()
         if dim % num_heads: raise ValueError(f"lambda_dim {dim} must be divisible by lambda_heads {num_heads}")
+        from timm.models.vision_transformer import Block as PreNormBlock  # here: importing timm takes over a second
         self.reduce = nn.Linear(embed_dim, dim)
         self.blocks = nn.ModuleList([PreNormBlock(dim, num_heads, 4.0, qkv_bias=True) for _ in range(depth)])
         self.expand = nn.Linear(dim, 2 * hidden)

@@ -8,7 +8,6 @@ __all__ = ['CrossAttention', 'CrossAttentionBlock', 'init_weights', 'CrossAttent
 # %% ../nbs/06_predictor.ipynb #1a032f25
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import nn
 
 # %% ../nbs/06_predictor.ipynb #d6e94964
@@ -49,6 +48,7 @@ class CrossAttentionBlock(nn.Module):
         mlp_ratio:float=4., # hidden width of the MLP over dim
     ):
         super().__init__()
+        from timm.layers import Mlp  # here: importing timm takes over a second
         self.norm1, self.attn = nn.LayerNorm(dim), CrossAttention(dim, context_dim, num_heads)
         self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, int(dim*mlp_ratio))
 
