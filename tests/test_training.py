@@ -38,8 +38,9 @@ def clips(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(clips, tmp_path_factory):
     "The uninterrupted run that interrupted ones are compared with."
-    pretrain(config(), clips, tmp_path_factory.mktemp("whole") / "run", **CALL)
-    return read_metrics(tmp_path_factory.getbasetemp() / "whole0" / "run")
+    run = tmp_path_factory.mktemp("whole") / "run"
+    pretrain(config(), clips, run, **CALL)
+    return read_metrics(run)
 
 
 def config(**kw): return AaSPConfig.preset("tiny", **{**SMALL, **kw})
