@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['sincos_axis', 'sincos_positions', 'resize_positions', 'patch_grid', 'as_logmel', 'valid_patches', 'check_visible',
-           'gather_tokens', 'patchify', 'StandardPatchEmbed', 'initial_raw', 'init_linear', 'key_mask', 'LambdaEncoder',
-           'FixedParameters', 'frame_moments', 'pool_rows', 'moment_weights', 'group_statistics', 'patch_statistics',
-           'row_linear', 'fuse_tail', 'extend_last', 'hide_masked', 'check_choices', 'keep_patches', 'GroupedPointwise',
-           'AdaptiveSBLU', 'PatchFusion', 'AaPE', 'count_parameters']
+           'gather_tokens', 'patchify', 'StandardPatchEmbed', 'initial_raw', 'init_linear', 'key_mask', 'LambdaBlock',
+           'LambdaEncoder', 'FixedParameters', 'frame_moments', 'pool_rows', 'moment_weights', 'group_statistics',
+           'patch_statistics', 'row_linear', 'fuse_tail', 'extend_last', 'hide_masked', 'check_choices', 'keep_patches',
+           'GroupedPointwise', 'AdaptiveSBLU', 'PatchFusion', 'AaPE', 'count_parameters']
 
 # %% ../nbs/03_patch_embed.ipynb #321de818
 import torch
@@ -188,6 +188,30 @@ def key_mask(
     "Attention mask of keys; a row without any key attends to all, so that no softmax is over nothing."
     return None if keys is None else (keys | ~keys.any(-1, keepdim=True))[:, None, None]
 
+# %% ../nbs/03_patch_embed.ipynb #5d0b7a1c
+class LambdaBlock(nn.Module):
+    "Pre-norm ViT block, its parameters named as in timm's; written out, since importing timm takes over a second."
+    def __init__(self,
+        dim: int, # width d, divisible by num_heads
+        num_heads: int, # attention heads
+        mlp_ratio: float = 4.0, # inner width of the MLP over d
+    ):
+        super().__init__()
+        inner, self.num_heads = int(dim * mlp_ratio), num_heads
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, inner), fc2=nn.Linear(inner, dim)))
+
+    def forward(self,
+        x: torch.Tensor, # [V, n, d]
+        mask: torch.Tensor | None = None, # bool [V, 1, 1, n], True for keys that may be attended to
+    ) -> torch.Tensor: # [V, n, d]
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        x = x + self.attn["proj"](y)
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
 # %% ../nbs/03_patch_embed.ipynb #1a030295
 class LambdaEncoder(nn.Module):
     "A narrow, shallow ViT from tokens to raw SBLU parameters (section III-C). Raises `ValueError` on bad sizes."
@@ -201,9 +225,8 @@ class LambdaEncoder(nn.Module):
     ):
         super().__init__()
         if dim % num_heads: raise ValueError(f"lambda_dim {dim} must be divisible by lambda_heads {num_heads}")
-        from timm.models.vision_transformer import Block as PreNormBlock  # here: importing timm takes over a second
         self.reduce = nn.Linear(embed_dim, dim)
-        self.blocks = nn.ModuleList([PreNormBlock(dim, num_heads, 4.0, qkv_bias=True) for _ in range(depth)])
+        self.blocks = nn.ModuleList([LambdaBlock(dim, num_heads) for _ in range(depth)])
         self.expand = nn.Linear(dim, 2 * hidden)
         self.apply(init_linear)
         nn.init.trunc_normal_(self.expand.weight, std=1e-3)        # at the start the output is its bias, nearly
@@ -216,7 +239,7 @@ class LambdaEncoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]: # raw decay and raw frequency, [V, n, H] each
         mask, x = key_mask(keys), self.reduce(tokens)
         if visible is not None: x = gather_tokens(x, visible).flatten(0, 1)
-        for block in self.blocks: x = block(x, attn_mask=mask)
+        for block in self.blocks: x = block(x, mask)
         return self.expand(x).chunk(2, -1)
 
 # %% ../nbs/03_patch_embed.ipynb #824121a8
