@@ -21,7 +21,7 @@ from fastcore.basics import patch
 # %% ../nbs/17d_alias_lab.ipynb #073185eb
 from .audio import LogMel
 from .dashboards import PALETTE, Dashboard, Field, Latest, Plot, Scene, Sound, StateError, axis, check_state
-from .patch_dashboard import SOUNDS, decode_upload, mel_ticks, open_clip, patch_sound
+from .patch_dashboard import SOUNDS, mel_ticks, open_clip, patch_sound
 from .pretraining import AaSPConfig
 from .stability import (aliased_share, am_tone, folding_map, interpolate, modulation_spectrum, patch_sequence,
     patch_weights, ripple, sblu_scan, shift_errors, sonify, weight_response, zero_phase_lowpass)
@@ -446,14 +446,6 @@ def clicked(self: AliasLab, click, plot):
     self.asked = True
     self.update(**new)
     self.voice.now()
-
-@patch
-def take(self: AliasLab, files):
-    "A clip uploaded from the reader's machine; it stays until another sound is chosen."
-    try:
-        for f in files: self.wave = decode_upload(bytes(f["content"]), f.get("name", "the upload")), self.chosen()
-        self.refresh()
-    except Exception as e: self.fail(e)
 
 # %% ../nbs/17d_alias_lab.ipynb #c5ca00f1
 @patch

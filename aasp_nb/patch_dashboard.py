@@ -409,8 +409,8 @@ def clicked(self: PatchDashboard, click, plot):
     self.update(**new)
 
 @patch
-def take(self: PatchDashboard, files):
-    "A clip uploaded from the reader's machine; it stays until another clip is chosen."
+def take(self: Dashboard, files):
+    "A clip uploaded from the reader's machine; a dashboard with `wave` and `chosen` keeps it until another is chosen."
     try:
         for f in files: self.wave = decode_upload(bytes(f["content"]), f.get("name", "the upload")), self.chosen()
         self.refresh()

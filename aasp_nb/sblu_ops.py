@@ -838,7 +838,7 @@ def ready_kernel(kernel, args):
     if key in ready_kernels: return kernel
     with compile_lock:
         if key in ready_kernels: return kernel
-        text = f"aasp_nb: compiling {kernel.__name__} for {args[0].dtype}, once per machine ..."
+        text = f"aasp_nb: preparing {kernel.__name__} for {args[0].dtype} (compiled once per machine, then read from a file) ..."
         say = threading.Timer(1.0, print, (text,), dict(file=sys.stderr, flush=True))
         say.daemon = True
         say.start()
