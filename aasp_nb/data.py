@@ -47,13 +47,15 @@ def inside(
     full = os.path.normpath(os.path.join(root, text))
     rel = os.path.relpath(full, root)
     if rel == "." or rel.split(os.sep)[0] == os.pardir:
-        raise ManifestError(f"path {text!r} leaves the data folder {root}: a manifest may only name files below its root")
+        raise ManifestError(f"path {text!r} leaves the data folder {root}: "
+                            "a manifest may only name files below its root")
     return rel.replace(os.sep, "/")
 
 # %% ../nbs/09_data.ipynb #8a76cbc6
 class _Section(io.RawIOBase):
     "Bytes `start` to `start + size` of a file, read-only; opened when first read."
-    def __init__(self, path, start, size): self.path, self.start, self.size, self.at, self.fd = path, start, size, 0, None
+    def __init__(self, path, start, size):
+        self.path, self.start, self.size, self.at, self.fd = path, start, size, 0, None
     def readable(self): return True
     def seekable(self): return True
     def tell(self): return self.at
@@ -95,7 +97,7 @@ class TarPart(io.BufferedReader):
 class TextColumn(Sequence):
     "One text value per clip, memory-mapped; behaves like a list that cannot be changed."
     def __init__(self,
-        stem: str | Path,  # the values are in `stem`.txt (UTF-8, no separators needed), their edges in `stem`.npy (int64)
+        stem: str | Path,  # values in `stem`.txt (UTF-8, no separators needed), their edges in `stem`.npy (int64)
         index: np.ndarray = None,  # row numbers to show (default: all)
     ):
         self.stem, self.index = str(stem), index
@@ -103,9 +105,11 @@ class TextColumn(Sequence):
             self.edges = np.load(f"{stem}.npy", mmap_mode="r").view(np.ndarray)
             empty = not os.path.getsize(f"{stem}.txt")  # nothing to map
             self.text = np.zeros(0, np.uint8) if empty else np.memmap(f"{stem}.txt", np.uint8, "r").view(np.ndarray)
-        except Exception as e: raise ManifestError(f"{stem}: damaged column of a manifest ({type(e).__name__}: {e})") from e
+        except Exception as e:
+            raise ManifestError(f"{stem}: damaged column of a manifest ({type(e).__name__}: {e})") from e
         e = self.edges
-        if e.dtype != np.int64 or e.ndim != 1 or not len(e) or e[0] or e[-1] != len(self.text) or (np.diff(e) < 0).any():
+        if (e.dtype != np.int64 or e.ndim != 1 or not len(e) or e[0] or e[-1] != len(self.text)
+                or (np.diff(e) < 0).any()):
             raise ManifestError(f"{stem}: damaged column of a manifest (its edges do not fit its text)")
 
     def __reduce__(self): return TextColumn, (self.stem, self.index)
@@ -169,7 +173,8 @@ def _keep_once(
         if splits and splits[i] != splits[j]: torn.append(p)
         if torn[-1:] == [p] and rank.get(splits[i], 0) > rank.get(splits[j], 0): first[p] = i
     if len(first) == len(columns["path"]): return columns
-    where = torn and f"; {len(torn)} of them stand in several splits, as {torn[0]!r}, and stay in the one that is evaluated"
+    where = torn and (f"; {len(torn)} of them stand in several splits, as {torn[0]!r}, "
+                      "and stay in the one that is evaluated")
     again = len(columns["path"]) - len(first)
     warnings.warn(f"{again} duplicate paths in the manifest were left out{where or ''}", stacklevel=3)
     return {k: [v[i] for i in sorted(first.values())] for k, v in columns.items()}
@@ -192,7 +197,8 @@ def from_csv(
     head = [h.strip() for h in rows[0]]
     if len(set(head)) < len(head): raise ManifestError(f"{path}: a column name stands twice in {head}")
     wrong = [i for i, r in enumerate(rows) if len(r) != len(head)]
-    if wrong: raise ManifestError(f"{path}: row {wrong[0] + 1} has {len(rows[wrong[0]])} fields, the header has {len(head)}")
+    if wrong:
+        raise ManifestError(f"{path}: row {wrong[0] + 1} has {len(rows[wrong[0]])} fields, the header has {len(head)}")
     m = cls(root or path.parent, {h: [r[i].strip() for r in rows[1:]] for i, h in enumerate(head)})
     m.columns = _keep_once(m.columns)
     return m
@@ -229,8 +235,10 @@ def _check_tars(
         have = os.path.getsize(folder / name) if (folder / name).is_file() else None
         if have is None: raise ManifestError(f"{folder / name} is missing: copy it again")
         if have == size: continue
-        raise ManifestError(f"{folder / name} has {have:,} bytes instead of {size:,}: truncated or replaced, copy it again")
+        raise ManifestError(f"{folder / name} has {have:,} bytes instead of {size:,}: "
+                            "truncated or replaced, copy it again")
 
+# %% ../nbs/09_data.ipynb #8af7fc53
 @patch(cls_method=True)
 def from_shards(
     cls: Manifest,
@@ -240,7 +248,8 @@ def from_shards(
     folder = Path(folder).absolute()
     try:
         index = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
-        if index["format"] != 1: raise ManifestError(f"{folder}: shards of format {index['format']!r}, this version reads 1")
+        if index["format"] != 1:
+            raise ManifestError(f"{folder}: shards of format {index['format']!r}, this version reads 1")
         _check_tars(folder, index)
         out = cls.__new__(cls)
         columns = {str(n): TextColumn(folder / "columns" / str(k)) for k, n in enumerate(index["columns"])}
@@ -266,10 +275,12 @@ def open(
     if (path / "shards.json").is_file(): return cls.from_shards(path)
     if (path / "manifest.csv").is_file(): return cls.from_csv(path / "manifest.csv")
     if path.is_dir() and any(path.glob("*.tar")):
-        raise ManifestError(f"{path} holds tar files but no shards.json: run `aasp shards` again if it was interrupted, "
+        raise ManifestError(f"{path} holds tar files but no shards.json: "
+                            "run `aasp shards` again if it was interrupted, "
                             "or make an index of tars from elsewhere with index_tars (aasp_nb.shards)")
     if path.is_dir(): return cls.from_folder(path)
-    raise ManifestError(f"no data at {path}: give a folder of audio or of shards, a folder with manifest.csv, or a CSV file")
+    raise ManifestError(f"no data at {path}: "
+                        "give a folder of audio or of shards, a folder with manifest.csv, or a CSV file")
 
 # %% ../nbs/09_data.ipynb #bf83434d
 @patch
@@ -298,6 +309,7 @@ def take(
                                        for k, v in self.columns.items()}
     return out
 
+# %% ../nbs/09_data.ipynb #0d12e6f8
 @patch
 def select(
     self: Manifest,
@@ -312,6 +324,7 @@ def select(
     if not keep.any(): raise ManifestError(f"no row with {where}; values are {self.values(next(iter(where)))[:10]}")
     return self.take(keep)
 
+# %% ../nbs/09_data.ipynb #ec46bf38
 @patch
 def values(
     self: Manifest,
@@ -331,6 +344,7 @@ def classes(
     if empty: raise ManifestError(f"{len(empty)} clips have no label, the first is {empty[0]!r}")
     return sorted({x.strip() for l in self.columns["label"] for x in l.split(";") if x.strip()})
 
+# %% ../nbs/09_data.ipynb #457404c9
 @patch
 def targets(
     self: Manifest,
@@ -359,7 +373,8 @@ def with_folds(
     "K folds by group (by clip without groups) in place of the data's own split; ManifestError if groups are too few."
     group = list(self.columns["group" if "group" in self else "path"])
     names = sorted(set(group))
-    if not 2 <= folds <= len(names): raise ManifestError(f"{folds} folds of {len(names)} groups: choose 2 to {len(names)}")
+    if not 2 <= folds <= len(names):
+        raise ManifestError(f"{folds} folds of {len(names)} groups: choose 2 to {len(names)}")
     order = np.random.default_rng(seed).permutation(len(names))
     fold = {names[i]: str(k % folds + 1) for k, i in enumerate(order)}
     out = self.take(range(len(self)))
@@ -403,7 +418,8 @@ class CachedReader:
             self.data = np.load(folder / "samples.npy", mmap_mode="r")
             index = np.load(folder / "index.npy")
             self.edges, self.scale = index["start"], index["scale"]
-            self.broken = {int(k): str(v) for k, v in json.loads((folder / "broken.json").read_text(encoding="utf-8")).items()}
+            self.broken = {int(k): str(v)
+                           for k, v in json.loads((folder / "broken.json").read_text(encoding="utf-8")).items()}
             whole = (self.data.dtype == np.int16 and self.data.ndim == 1 and len(index) > 0 and self.edges[0] == 0
                      and (np.diff(self.edges) >= 0).all() and max(1, self.edges[-1]) == len(self.data)
                      and np.isfinite(self.scale).all())
@@ -442,7 +458,8 @@ def _decode(
     "One clip as scaled 16-bit integers."
     try: wave = reader.read(i).numpy()
     except AudioError as e: return np.zeros(0, np.int16), str(e)
-    except MemoryError: return np.zeros(0, np.int16), f"{reader.manifest.file(i)}: too long to decode at once; pass cache=False"
+    except MemoryError:
+        return np.zeros(0, np.int16), f"{reader.manifest.file(i)}: too long to decode at once; pass cache=False"
     scale = float(np.abs(wave).max()) / 32767 or 1.0
     return np.round(wave / scale).astype(np.int16), scale
 
@@ -463,6 +480,7 @@ def ahead(
     finally:
         for f in waiting: f.cancel()
 
+# %% ../nbs/09_data.ipynb #83d4397e
 @contextlib.contextmanager
 def room(
     folder: str | Path,  # being written
@@ -668,11 +686,13 @@ def __getitem__(self: AudioDataset,
     if not self.train: return None
     raise AudioError(f"none of the {len(self)} clips can be read: {bad[0][1]}")
 
+# %% ../nbs/09_data.ipynb #0424f243
 @patch
 def _report(self: AudioDataset, bad: list):
     "Register broken clips; worker processes stay silent."
     for i, text in bad: self.broken.add(i, text, loud=get_worker_info() is None)
 
+# %% ../nbs/09_data.ipynb #9e057059
 @patch
 def _item(self: AudioDataset, index: int, epoch: int, pieces: list, bad: list) -> dict:
     "Join, pad with zeros, and pack."
@@ -760,6 +780,7 @@ def _from(
     rest.start += done
     return rest
 
+# %% ../nbs/09_data.ipynb #ac904b8f
 def _lost_worker(e: Exception) -> bool:
     "Was a loader worker killed? An error in its code is another matter."
     broken_pipe = isinstance(e, (ConnectionError, EOFError)) and "Caught " not in str(e)
@@ -774,7 +795,9 @@ class Loader:
         workers: int = 0,  # worker processes; 0 loads in this process
         pin_memory: bool = False,  # page-locked batches, for a GPU
         restarts: int = 5,  # how often killed workers are replaced
-    ): self.dataset, self.batch_sampler, self.workers, self.pin, self.restarts = dataset, batch_sampler, workers, pin_memory, restarts
+    ):
+        self.dataset, self.batch_sampler, self.workers = dataset, batch_sampler, workers
+        self.pin, self.restarts = pin_memory, restarts
 
     def _start(self, done: int):
         "Iterator over the batches from number `done` on."
@@ -790,10 +813,11 @@ class Loader:
         done, left, it = 0, self.restarts, self._start(0)
         while True:
             try: batch = next(it, StopIteration)
-            except (RuntimeError, OSError, EOFError) as e:  # a killed worker breaks its pipe, at times before it is missed
+            except (RuntimeError, OSError, EOFError) as e:  # a killed worker's pipe may break before it is missed
                 if not _lost_worker(e) or not left: raise
                 for w in getattr(it, "_workers", ()): w.kill()
-                warnings.warn(f"a loader worker was killed, maybe for memory (lower workers): started new ones ({e})", stacklevel=2)
+                warnings.warn(f"a loader worker was killed, maybe for memory (lower workers): started new ones ({e})",
+                              stacklevel=2)
                 left, it = left - 1, self._start(done)
                 continue
             if batch is StopIteration: return
@@ -816,6 +840,7 @@ def train_loader(
     "Batches of step start, start + 1, ...: the same whatever came before and however many workers there are."
     return Loader(dataset, StepSampler(len(dataset), batch_size, seed, start, stop, **kw), workers, pin_memory)
 
+# %% ../nbs/09_data.ipynb #943ccb1a
 def eval_loader(
     dataset: AudioDataset,  # clips in order
     batch_size: int,  # clips per batch; the last one may be smaller
@@ -870,8 +895,9 @@ def describe(
     for i in index:
         try: seconds.append(reader.samples(int(i)) / sr)
         except AudioError: missing += 1
-    out = dict(clips=n, looked_at=len(index), unreadable=missing, longest_seconds=float(max(seconds, default=0)), hours=float(np.mean(seconds or [0])) * n / 3600,
-               median_seconds=float(np.median(seconds or [0])), under_2s=float(np.mean([s < 2 for s in seconds] or [0])))
+    out = dict(clips=n, looked_at=len(index), unreadable=missing, longest_seconds=float(max(seconds, default=0)),
+               hours=float(np.mean(seconds or [0])) * n / 3600, median_seconds=float(np.median(seconds or [0])),
+               under_2s=float(np.mean([s < 2 for s in seconds] or [0])))
     for k in ("label", "split", "fold", "source"):
         if k in manifest and any(manifest.columns[k]): out[k + "s"] = dict(Counter(manifest.columns[k]).most_common(12))
     return out
