@@ -28,6 +28,7 @@ def _whole(
         if f.read(1024) == b"\0" * 1024: return
     raise ManifestError(f"{path}: truncated tar (its end is missing): copy or make it again")
 
+# %% ../nbs/09a_shards.ipynb #533548e1
 def _row(
     tar: Path,  # for messages
     name: str,  # of the audio member
@@ -45,7 +46,7 @@ def _row(
 def read_tar(
     path: str | Path,  # an uncompressed tar of audio files, each with a JSON file of the same name beside it or without
 ) -> list:  # of dict: the columns of each clip and "shard", its place
-    "The clips of a tar. Raises `ManifestError` for a truncated or damaged tar and for members that have no business there."
+    "The clips of a tar; raises `ManifestError` for a truncated or damaged tar and for members out of place."
     path, rows, meta, end = Path(path), [], {}, 0
     key = lambda name: os.path.join(os.path.dirname(name), os.path.basename(name).split(".")[0])
     try:
@@ -53,10 +54,12 @@ def read_tar(
             for m in tar:
                 inside(path.parent, m.name) if m.name != "." else None
                 if m.isdir(): continue
-                if not m.isreg() or m.issparse(): raise ManifestError(f"{path}: {m.name!r} is a link or a device, refused")
+                if not m.isreg() or m.issparse():
+                    raise ManifestError(f"{path}: {m.name!r} is a link or a device, refused")
                 end = m.offset_data + -(-m.size // 512) * 512
                 if m.name.endswith(".json"): meta[key(m.name)] = tar.extractfile(m).read()
-                elif m.name.lower().endswith(AUDIO_SUFFIXES): rows.append((m.name, f"{path.name}@{m.offset_data}:{m.size}"))
+                elif m.name.lower().endswith(AUDIO_SUFFIXES):
+                    rows.append((m.name, f"{path.name}@{m.offset_data}:{m.size}"))
         _whole(path, end)
     except (tarfile.TarError, EOFError, OSError) as e:
         raise ManifestError(f"{path}: truncated or damaged tar ({e}): copy or make it again") from e
@@ -73,6 +76,7 @@ def _atomic(
         f.write(text), f.flush(), os.fsync(f.fileno())
     os.replace(tmp, path)
 
+# %% ../nbs/09a_shards.ipynb #5ad4e96f
 def _write_columns(
     folder: Path,  # gets the files 0.txt, 0.npy, 1.txt, ...
     names: list,  # columns
@@ -103,6 +107,7 @@ def _finish(
     _atomic(folder / "shards.json", json.dumps(index, indent=1))
     return Manifest.from_shards(folder)
 
+# %% ../nbs/09a_shards.ipynb #803c4283
 def _sha256(path: Path) -> str:
     "Digest of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -114,22 +119,26 @@ def index_tars(
     "Make tars from elsewhere readable: writes `shards.json` and `columns` beside them, and leaves them as they are."
     folder = Path(folder).absolute()
     tars = sorted(folder.glob("*.tar"))
-    if not tars: raise ManifestError(f"no *.tar in {folder}; compressed tars (.tar.gz) cannot be read at random: decompress them")
+    if not tars:
+        raise ManifestError(f"no *.tar in {folder}; compressed tars (.tar.gz) cannot be read at random: "
+                            "decompress them")
     rows = [r for t in tars for r in read_tar(t)]
     if not rows: raise ManifestError(f"no audio in the tars of {folder}")
     seen = {}
     for r in rows:
-        if r["path"] in seen: raise ManifestError(f"{r['path']!r} lies in {seen[r['path']]} and in {r['shard']}: leave one out")
+        if r["path"] in seen:
+            raise ManifestError(f"{r['path']!r} lies in {seen[r['path']]} and in {r['shard']}: leave one out")
         seen[r["path"]] = r["shard"]
     names = list(dict.fromkeys(k for r in rows for k in r))
     count = Counter(r["shard"].split("@")[0] for r in rows)
     told = [dict(name=t.name, bytes=t.stat().st_size, sha256=_sha256(t), clips=count[t.name]) for t in tars]
     return _finish(folder, told, rows, names)
 
+# %% ../nbs/09a_shards.ipynb #d6cbfcef
 def damaged_tars(
     folder: str | Path,  # of shards
 ) -> list:  # names of tars whose bytes are not those that were written
-    "Compare every tar with its checksum: after a copy, or when in doubt. Raises `ManifestError` as `Manifest.open` does."
+    "Compare every tar with its checksum, after a copy or in doubt; raises `ManifestError` as `Manifest.open` does."
     folder = Manifest.from_shards(folder).root
     tars = json.loads((folder / "shards.json").read_text(encoding="utf-8"))["tars"]
     return [t["name"] for t in tars if _sha256(folder / t["name"]) != t["sha256"]]
@@ -145,6 +154,7 @@ class _Hashed:
         self.bytes += len(data)
         return self.file.write(data)
 
+# %% ../nbs/09a_shards.ipynb #300ec798
 def _clip_bytes(
     manifest: Manifest,  # the clips
     i: int,  # clip
@@ -177,6 +187,7 @@ def _add(
     info.size = size
     tar.addfile(info, f)
 
+# %% ../nbs/09a_shards.ipynb #14144c46
 def _write_tar(
     path: Path,  # to write
     manifest: Manifest,  # clips
@@ -209,6 +220,7 @@ def _note(
     for i in rows: h.update(f"\n{json.dumps(manifest[i])} {manifest.stamp(i)}".encode())
     return h.hexdigest()
 
+# %% ../nbs/09a_shards.ipynb #af87ca03
 def _one_shard(
     out: Path,  # folder of the shards
     number: int,  # of the tar
@@ -240,13 +252,15 @@ def _missing(
         total += size
     return missing, total
 
+# %% ../nbs/09a_shards.ipynb #6c005372
 @contextlib.contextmanager
 def _alone(out: Path):
     "Hold the folder against a second writer."
     (out / ".notes").mkdir(parents=True, exist_ok=True)
     with open(out / ".notes" / "lock", "w") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ManifestError(f"another process is writing shards into {out}: wait for it") from None
+        except BlockingIOError:
+            raise ManifestError(f"another process is writing shards into {out}: wait for it") from None
         yield
 
 # %% ../nbs/09a_shards.ipynb #1eab55cc
@@ -262,15 +276,16 @@ def make_shards(
     "Pack clips into tars with an index; the same call goes on after a kill or a full disk. Raises `ManifestError`."
     manifest, out = Manifest.open(data), Path(out).expanduser().absolute()
     if clips_per_shard < 1: raise ManifestError(f"clips_per_shard must be at least 1, got {clips_per_shard}")
-    if out == manifest.root and "shard" in manifest: raise ManifestError("shards cannot be cut anew in their own folder")
+    if out == manifest.root and "shard" in manifest:
+        raise ManifestError("shards cannot be cut anew in their own folder")
     missing, size = _missing(manifest)
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
     if not sr and size > free and not list(out.glob("*.tar")):
         raise ManifestError(f"the clips have {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free for {out}: "
                             "free space or choose another place")
     if missing and not allow_missing:
-        raise ManifestError(f"{len(missing):,} of {len(manifest):,} files are missing or empty, as {', '.join(missing[:3])}: "
-                            "complete the data, or pass allow_missing=True")
+        raise ManifestError(f"{len(missing):,} of {len(manifest):,} files are missing or empty, "
+                            f"as {', '.join(missing[:3])}: complete the data, or pass allow_missing=True")
     parts = [range(a, min(a + clips_per_shard, len(manifest))) for a in range(0, len(manifest), clips_per_shard)]
     with _room_for(out), _alone(out):
         notes = [_note(manifest, p, sr) for p in parts]
@@ -280,8 +295,9 @@ def make_shards(
         names = [c for c in manifest.columns if c != "shard"] + ["shard"]
         made = _finish(out, tars, (r for t in tars for r in read_tar(out / t["name"])), names, plan)
         if len(made) != len(manifest):
-            raise ManifestError(f"{out}: {len(made)} of {len(manifest)} clips; endings other than {', '.join(AUDIO_SUFFIXES)} "
-                                "cannot be packed: convert them, or pass sr")
+            raise ManifestError(f"{out}: {len(made)} of {len(manifest)} clips; "
+                                f"endings other than {', '.join(AUDIO_SUFFIXES)} cannot be packed: "
+                                "convert them, or pass sr")
     return made
 
 # %% ../nbs/09a_shards.ipynb #81810417
@@ -295,6 +311,7 @@ def _room_for(out: Path):
         except OSError as e: raise ManifestError(f"cannot write to {out}: {e.strerror}") from e
         yield
 
+# %% ../nbs/09a_shards.ipynb #4002e0e2
 def _is_made(
     out: Path,  # folder of shards
     plan: str,  # digest of what is asked for
@@ -305,6 +322,7 @@ def _is_made(
     if index.get("plan") == plan: return True
     raise ManifestError(f"{out} holds finished shards of other clips or settings: choose another folder, or delete it")
 
+# %% ../nbs/09a_shards.ipynb #bf2b7ca4
 def _write_all(
     out: Path,  # folder
     manifest: Manifest,  # clips
@@ -324,7 +342,8 @@ def _write_all(
             clips, fresh, now = clips + tar["clips"], fresh + (0 if there else tar["clips"]), time.monotonic() - begin
             if now - said < 5 and len(tars) < len(parts): continue
             said, rate = now, fresh / max(now, 1e-9)
-            left = f", about {(len(manifest) - clips) / rate / 60:.1f} min left" if fresh and clips < len(manifest) else ""
+            left = (f", about {(len(manifest) - clips) / rate / 60:.1f} min left"
+                    if fresh and clips < len(manifest) else "")
             progress(f"{len(tars)} of {len(parts)} tars, {clips:,} of {len(manifest):,} clips"
                      f" ({clips - fresh:,} were there), {rate:,.0f} clips/s{left}")
     return tars
