@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import pooch
 import requests
+from fastcore.basics import patch
 from .audio import AudioError, audio_info
 from .data import AUDIO_SUFFIXES, Manifest, ManifestError, aasp_home, ahead, inside, room
 from .training import git_revision, write_json
@@ -123,7 +124,8 @@ def per_class_table(
         ap = [mean_average_precision(targets[:, [c]], logits[:, [c]]) for c in range(len(classes))]
         rows = [{"class": c, "n": int(k), "AP": a} for c, k, a in zip(classes, n, ap) if k]
         return sorted(rows, key=lambda r: r["AP"])
-    p, r, f, n = precision_recall_fscore_support(targets, logits.argmax(-1), labels=range(len(classes)), zero_division=0)
+    p, r, f, n = precision_recall_fscore_support(targets, logits.argmax(-1), labels=range(len(classes)),
+                                                 zero_division=0)
     rows = [{"class": c, "n": int(n[i]), "precision": float(p[i]), "recall": float(r[i]), "F1": float(f[i])}
             for i, c in enumerate(classes)]
     return sorted(rows, key=lambda r: (r["recall"], r["class"]))
@@ -203,7 +205,7 @@ def find_layout(
     if found: return found[0]
     raise BenchmarkError(f"no {marker} in {root} or a folder in it: give the folder that the archive was unpacked to")
 
-
+# %% ../nbs/11_benchmarks.ipynb #14322648
 def _table(path, skip=0):
     "Rows of a CSV file with a header, after `skip` lines."
     with open(path, newline="", encoding="utf-8-sig") as f:
@@ -221,7 +223,7 @@ def read_esc50(
             for r in _table(top / "meta/esc50.csv")]
     return top, rows, sorted({r["label"] for r in rows})
 
-
+# %% ../nbs/11_benchmarks.ipynb #1352cfa6
 def read_us8k(root: Path, split_list: Path | None = None) -> tuple:
     "UrbanSound8K: ten official folds; clips of one Freesound recording share a fold."
     top = find_layout(root, "metadata/UrbanSound8K.csv")
@@ -233,7 +235,8 @@ def read_us8k(root: Path, split_list: Path | None = None) -> tuple:
 def read_scv2(root: Path, split_list: Path | None = None) -> tuple:
     "Speech Commands V2: official lists; the speaker's hash stands before `_nohash_`."
     top = find_layout(root, "testing_list.txt")
-    lists = {s: set((top / f).read_text().split()) for s, f in (("valid", "validation_list.txt"), ("test", "testing_list.txt"))}
+    lists = {s: set((top / f).read_text().split())
+             for s, f in (("valid", "validation_list.txt"), ("test", "testing_list.txt"))}
     rows = []
     for folder in sorted(p for p in top.iterdir() if p.is_dir() and not p.name.startswith(("_", "."))):
         for f in sorted(folder.glob("*.wav")):
@@ -245,16 +248,17 @@ def read_scv2(root: Path, split_list: Path | None = None) -> tuple:
              for s, names in lists.items() for k in sorted(names - have)]                  # listed but absent
     return top, rows, sorted({r["label"] for r in rows})
 
-
+# %% ../nbs/11_benchmarks.ipynb #51b53de4
 def read_nsynth(root: Path, split_list: Path | None = None) -> tuple:
     "NSynth: instrument families, official splits; a group is an instrument."
     top, rows = find_layout(root, "nsynth-test/examples.json"), []
     for split in ("train", "valid", "test"):
         file = top / f"nsynth-{split}" / "examples.json"
-        if not file.is_file(): raise BenchmarkError(f"no {file}: unpack nsynth-{split}.jsonwav.tar.gz beside the others")
+        if not file.is_file():
+            raise BenchmarkError(f"no {file}: unpack nsynth-{split}.jsonwav.tar.gz beside the others")
         for note, r in sorted(json.loads(file.read_text(encoding="utf8")).items()):
-            rows.append(dict(path=f"nsynth-{split}/audio/{note}.wav", label=r["instrument_family_str"], split=split, fold="",
-                             group=r["instrument_str"]))
+            rows.append(dict(path=f"nsynth-{split}/audio/{note}.wav", label=r["instrument_family_str"], split=split,
+                             fold="", group=r["instrument_str"]))
     return top, rows, sorted({r["label"] for r in rows})
 
 # %% ../nbs/11_benchmarks.ipynb #3b009683
@@ -264,12 +268,15 @@ def read_cremad(root: Path, split_list: Path | None = None) -> tuple:
     file = Path(split_list).expanduser() if split_list else top / "cremad.csv"
     if not file.is_file():
         raise BenchmarkError(f"no split list at {file}: the 5,155/732/1,551 split is random and its list is the only "
-                             "specification. It comes with EVAR (evar/metadata/cremad.csv); pass your copy as split_list")
+                             "specification. It comes with EVAR (evar/metadata/cremad.csv); "
+                             "pass your copy as split_list")
     table = _table(file)
     lacking = {"file_name", "label", "speaker_id", "split"} - set(table[0] if table else ())
-    if lacking: raise BenchmarkError(f"{file} lacks the columns {sorted(lacking)}: it is not EVAR's split list of CREMA-D")
+    if lacking:
+        raise BenchmarkError(f"{file} lacks the columns {sorted(lacking)}: it is not EVAR's split list of CREMA-D")
     rows = [dict(path=f"AudioWAV/{Path(r['file_name']).name}", label=r["label"],
-                 split={"val": "valid", "validation": "valid"}.get(r["split"], r["split"]), fold="", group=r["speaker_id"])
+                 split={"val": "valid", "validation": "valid"}.get(r["split"], r["split"]), fold="",
+                 group=r["speaker_id"])
             for r in table]
     return top, rows, sorted({r["label"] for r in rows})
 
@@ -286,35 +293,38 @@ def _clip_index(top, wanted):
                 if key in wanted: found.setdefault(key, os.path.relpath(os.path.join(folder, f), top)); break
     return found
 
-
+# %% ../nbs/11_benchmarks.ipynb #f45545da
 def _segments(file, names):
     "[(id, labels)] of a segments file; its third line is the header, `# YTID, start_seconds, ...`."
     out = []
     with open(file, newline="", encoding="utf8") as f:
         for r in csv.reader((line for line in f if not line.startswith("#")), skipinitialspace=True):
             unknown = [m for m in r[3].split(",") if m not in names]
-            if unknown: raise BenchmarkError(f"{file}: label {unknown[0]!r} of {r[0]} is not in class_labels_indices.csv")
+            if unknown:
+                raise BenchmarkError(f"{file}: label {unknown[0]!r} of {r[0]} is not in class_labels_indices.csv")
             out.append((r[0], ";".join(names[m] for m in r[3].split(","))))
     return out
 
-
+# %% ../nbs/11_benchmarks.ipynb #3a664d32
 def _read_audioset(root, train_files):
     "AudioSet's rows from some of its training lists and the evaluation list."
     top = find_layout(root, "eval_segments.csv")
     index = find_layout(root, "class_labels_indices.csv") / "class_labels_indices.csv"
-    names = {r["mid"]: r["display_name"].replace(";", ",") for r in sorted(_table(index), key=lambda r: int(r["index"]))}
+    names = {r["mid"]: r["display_name"].replace(";", ",")
+             for r in sorted(_table(index), key=lambda r: int(r["index"]))}
     listed = [(i, label, split) for split, files in (("train", train_files), ("test", ["eval_segments.csv"]))
               for f in files for i, label in _segments(find_layout(root, f) / f, names)]
     found = _clip_index(top, {i for i, _, _ in listed})
-    rows = [dict(path=found.get(i, f"missing/{i}"), label=label, split=split, fold="", group=i) for i, label, split in listed]
+    rows = [dict(path=found.get(i, f"missing/{i}"), label=label, split=split, fold="", group=i)
+            for i, label, split in listed]
     return top, rows, list(names.values())
 
-
+# %% ../nbs/11_benchmarks.ipynb #de6f2afc
 def read_as20k(root: Path, split_list: Path | None = None) -> tuple:
     "AudioSet's balanced training list and evaluation list, 527 classes in the order of their index."
     return _read_audioset(root, ["balanced_train_segments.csv"])
 
-
+# %% ../nbs/11_benchmarks.ipynb #41de4e0e
 def read_as2m(root: Path, split_list: Path | None = None) -> tuple:
     "AudioSet's unbalanced and balanced training lists and evaluation list."
     return _read_audioset(root, ["unbalanced_train_segments.csv", "balanced_train_segments.csv"])
@@ -355,7 +365,7 @@ def _present(top, paths):
     there = [sizes.get(os.path.split(p), -1) for p in paths]
     return [s > 0 for s in there], [p for p, s in zip(paths, there) if s == 0]
 
-
+# %% ../nbs/11_benchmarks.ipynb #d6da238e
 def _listen(
     manifest: Manifest,  # clips that are there
     bench: Benchmark,  # what they should be
@@ -369,21 +379,23 @@ def _listen(
         try: seconds.append(audio_info(manifest.file(int(i)))["seconds"])
         except AudioError as e: unreadable.append(str(e))
     long = sum(s > 1.5 * bench.unit_seconds + 0.5 for s in seconds) if bench.name != "cremad" else 0
-    return unreadable, [f"{long} of {len(look)} clips are longer than {1.5 * bench.unit_seconds + 0.5:g} s"] if long else []
+    if not long: return unreadable, []
+    return unreadable, [f"{long} of {len(look)} clips are longer than {1.5 * bench.unit_seconds + 0.5:g} s"]
 
-
+# %% ../nbs/11_benchmarks.ipynb #3778ddb7
 def _once(
     bench: Benchmark,  # for messages
     rows: list,  # of dict
 ) -> tuple:  # rows without repeated paths, sentences about those
-    "Keep each clip once, where it is evaluated; a clip in two splits or folds is warned about, with two labels refused."
+    "Keep each clip once, where it is evaluated; one in two splits or folds is warned about, with two labels refused."
     first, rank, torn, again = {}, {"test": 2, "valid": 1}, [], 0
     for r in rows:
         have = first.setdefault(r["path"], r)
         if have is r: continue
         again += 1
         if have["label"] != r["label"]:
-            raise BenchmarkError(f"{bench.title}: {r['path']!r} stands twice with labels {have['label']!r}, {r['label']!r}")
+            raise BenchmarkError(f"{bench.title}: {r['path']!r} stands twice "
+                                 f"with labels {have['label']!r}, {r['label']!r}")
         if (have["split"], have["fold"]) != (r["split"], r["fold"]): torn.append(r["path"])
         if rank.get(r["split"], 0) > rank.get(have["split"], 0): first[r["path"]] = r
     if not again: return rows, []
@@ -392,7 +404,7 @@ def _once(
     if torn: warnings.warn(f"{bench.title}: {says}: kept once, in the split that is evaluated", stacklevel=3)
     return list(first.values()), [says]
 
-
+# %% ../nbs/11_benchmarks.ipynb #e6443b3e
 def _oddities(bench, rows, classes, found, empty):
     "Sentences about counts, classes, folds and groups that are not as they should be."
     odd = [f"{len(empty)} empty files, as {empty[0]}"] if empty else []
@@ -408,10 +420,10 @@ def _oddities(bench, rows, classes, found, empty):
     return odd
 
 # %% ../nbs/11_benchmarks.ipynb #6e982425
-READERS = dict(esc50=read_esc50, us8k=read_us8k, scv2=read_scv2, nsynth=read_nsynth, cremad=read_cremad, as20k=read_as20k,
-               as2m=read_as2m)
+READERS = dict(esc50=read_esc50, us8k=read_us8k, scv2=read_scv2, nsynth=read_nsynth, cremad=read_cremad,
+               as20k=read_as20k, as2m=read_as2m)
 
-
+# %% ../nbs/11_benchmarks.ipynb #c5a45fcd
 def load_benchmark(
     name: str,  # a key of `BENCHMARKS`
     root: str | Path,  # folder in the official layout, or one with our manifest.csv
@@ -426,19 +438,20 @@ def load_benchmark(
     rows, twice = _once(bench, rows)
     here, empty = _present(top, [r["path"] for r in rows]) if "shard" not in rows[0] else ([True] * len(rows), [])
     kept = [r for r, ok in zip(rows, here) if ok]
-    missing = [r["path"] if not r["path"].startswith("missing/") else r["path"][8:] for r, ok in zip(rows, here) if not ok]
+    missing = [r["path"].removeprefix("missing/") for r, ok in zip(rows, here) if not ok]
     tolerated = bench.missing_ok if allow_missing is None else allow_missing
     if not kept: raise BenchmarkError(f"none of the {len(rows):,} clips of {bench.title} is in {top}")
     if missing and not tolerated:
-        raise BenchmarkError(f"{len(missing):,} of {len(rows):,} clips of {bench.title} are missing or empty in {top}, as "
-                             f"{', '.join(missing[:3])}: unpack it again, or pass allow_missing=True and say so with the result")
+        raise BenchmarkError(f"{len(missing):,} of {len(rows):,} clips of {bench.title} are missing or empty in {top}, "
+                             f"as {', '.join(missing[:3])}: unpack it again, or pass allow_missing=True "
+                             "and say so with the result")
     found = {"all": len(kept)} if bench.folds else dict(Counter(r["split"] for r in kept))
     manifest = Manifest(top, {k: [r[k] for r in kept] for k in kept[0]})
     unreadable, lengths = _listen(manifest, bench, headers)
     odd = _oddities(bench, kept, classes, found, empty) + twice + lengths
     return manifest, BenchmarkReport(bench, found, missing, odd, classes, unreadable)
 
-
+# %% ../nbs/11_benchmarks.ipynb #4757f93b
 def _own_form(data):
     "Top folder, rows and classes of a benchmark in manifest form, in files or in shards."
     m = Manifest.open(data)
@@ -454,13 +467,13 @@ class Source:
     licence: str  # as they state it
     size: str  # of the download, for people
     files: dict  # file name -> (URL, checksum as pooch wants it, or None)
-    each: tuple = ()  # (name of a fetched CSV, its column, URL, path below the folder), the last two with {} for the value
+    each: tuple = ()  # (name of a fetched CSV, its column, URL, path below the folder); {} is the value in the last two
     manual: str = ""  # what must be done by hand; {} is the folder
 
-
-_YOUTUBE = ("The audio is not published: it lies on YouTube and belongs to its uploaders. Put the clips that you have (10 s, "
-            "wav, flac, opus or mp3) anywhere below {}, named by YouTube id (as -0RWZT-miFs.wav, Y-0RWZT-miFs.flac or "
-            "-0RWZT-miFs_420000.opus). What is missing is reported and tolerated.")
+# %% ../nbs/11_benchmarks.ipynb #51e30590
+_YOUTUBE = ("The audio is not published: it lies on YouTube and belongs to its uploaders. Put the clips that you have "
+            "(10 s, wav, flac, opus or mp3) anywhere below {}, named by YouTube id (as -0RWZT-miFs.wav, "
+            "Y-0RWZT-miFs.flac or -0RWZT-miFs_420000.opus). What is missing is reported and tolerated.")
 _GOOGLE = "http://storage.googleapis.com/us_audioset/youtube_corpus/v1/csv/"
 _NSYNTH = "http://download.magenta.tensorflow.org/datasets/nsynth/"
 _CREMAD = "githubusercontent.com/{}CheyneyComputerScience/CREMA-D/master/"
@@ -477,13 +490,16 @@ SOURCES = {
         "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
         "sha256:af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58")}),
     "nsynth": Source("https://magenta.tensorflow.org/datasets/nsynth", "CC BY 4.0", "25 GB", {
-        f"nsynth-{s}.jsonwav.tar.gz": (f"{_NSYNTH}nsynth-{s}.jsonwav.tar.gz", None) for s in ("test", "valid", "train")}),
-    "cremad": Source("https://github.com/CheyneyComputerScience/CREMA-D", "ODbL 1.0, contents DbCL 1.0", "0.6 GB in 7,442 files",
+        f"nsynth-{s}.jsonwav.tar.gz": (f"{_NSYNTH}nsynth-{s}.jsonwav.tar.gz", None)
+        for s in ("test", "valid", "train")}),
+    "cremad": Source("https://github.com/CheyneyComputerScience/CREMA-D", "ODbL 1.0, contents DbCL 1.0",
+                     "0.6 GB in 7,442 files",
                      {"SentenceFilenames.csv": ("https://raw." + _CREMAD.format("") + "SentenceFilenames.csv", None)},
-                     ("SentenceFilenames.csv", "Filename", "https://media." + _CREMAD.format("media/") + "AudioWAV/{}.wav",
-                      "AudioWAV/{}.wav"),
-                     "The split of the paper is EVAR's random one: copy evar/metadata/cremad.csv from your own copy of EVAR "
-                     "(https://github.com/nttcslab/eval-audio-repr, whose licence forbids passing it on) to {}/cremad.csv."),
+                     ("SentenceFilenames.csv", "Filename",
+                      "https://media." + _CREMAD.format("media/") + "AudioWAV/{}.wav", "AudioWAV/{}.wav"),
+                     "The split of the paper is EVAR's random one: copy evar/metadata/cremad.csv from your own copy of "
+                     "EVAR (https://github.com/nttcslab/eval-audio-repr, whose licence forbids passing it on) to "
+                     "{}/cremad.csv."),
     "as20k": Source("https://research.google.com/audioset", "CC BY 4.0 (the lists)", "3 MB of lists",
                     {f: (_GOOGLE + f, None) for f in _LISTS}, manual=_YOUTUBE),
     "as2m": Source("https://research.google.com/audioset", "CC BY 4.0 (the lists)", "0.1 GB of lists",
@@ -512,35 +528,39 @@ class _Resuming:
         self.note.write_text(json.dumps({"tag": tag}))
         return r, kept
 
-    def _get(self, url: str) -> int:
-        "Download to the end or raise; the number of bytes."
-        r, done = self._ask(url)
-        length = r.headers.get("Content-Length")
-        total, begin, said = done + int(length) if length else None, time.monotonic(), time.monotonic()
-        free = shutil.disk_usage(self.part.parent).free
-        if total and total - done > free:
-            raise BenchmarkError(f"{url} needs {(total - done) / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free in "
-                                 f"{self.part.parent}: free space or choose another root, then run the same again")
-        with r, open(self.part, "r+b" if done else "wb") as f:
-            f.seek(done)
-            for block in r.iter_content(1 << 16):
-                done += f.write(block)
-                if time.monotonic() - said > 10:
-                    said = time.monotonic()
-                    self.say(f"  {done / 1e6:,.0f} MB" + (f" of {total / 1e6:,.0f} MB" if total else ""))
-            f.truncate(), f.flush(), os.fsync(f.fileno())
-        if total and done != total: raise requests.ConnectionError(f"connection lost after {done:,} of {total:,} bytes")
-        return done
-
     def __call__(self, url, output_file, pooch):
         for left in range(self.tries - 1, -1, -1):
             try: self._get(url); break
-            except requests.HTTPError as e: raise BenchmarkError(f"{url}: {e}. Has it moved? See the data set's page") from e
+            except requests.HTTPError as e:
+                raise BenchmarkError(f"{url}: {e}. Has it moved? See the data set's page") from e
             except requests.RequestException as e:
-                if not left: raise BenchmarkError(f"{url}: {e}. What is there is kept: run the same again to go on") from e
+                if not left:
+                    raise BenchmarkError(f"{url}: {e}. What is there is kept: run the same again to go on") from e
                 time.sleep(1)
         os.replace(self.part, output_file)
         self.note.unlink(missing_ok=True)
+
+# %% ../nbs/11_benchmarks.ipynb #8b0839c3
+@patch
+def _get(self: _Resuming, url: str) -> int:
+    "Download to the end or raise; the number of bytes."
+    r, done = self._ask(url)
+    length = r.headers.get("Content-Length")
+    total, said = done + int(length) if length else None, time.monotonic()
+    free = shutil.disk_usage(self.part.parent).free
+    if total and total - done > free:
+        raise BenchmarkError(f"{url} needs {(total - done) / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free in "
+                             f"{self.part.parent}: free space or choose another root, then run the same again")
+    with r, open(self.part, "r+b" if done else "wb") as f:
+        f.seek(done)
+        for block in r.iter_content(1 << 16):
+            done += f.write(block)
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                self.say(f"  {done / 1e6:,.0f} MB" + (f" of {total / 1e6:,.0f} MB" if total else ""))
+        f.truncate(), f.flush(), os.fsync(f.fileno())
+    if total and done != total: raise requests.ConnectionError(f"connection lost after {done:,} of {total:,} bytes")
+    return done
 
 # %% ../nbs/11_benchmarks.ipynb #c1bddc85
 def _unpack(
@@ -560,7 +580,8 @@ def _unpack(
             with tarfile.open(archive) as t: t.extractall(tmp, filter="data")
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile, ManifestError) as e:
         archive.unlink()
-        raise BenchmarkError(f"{archive.name} is damaged or leaves its folder ({e}); it was deleted: run the same again") from e
+        raise BenchmarkError(f"{archive.name} is damaged or leaves its folder ({e}); it was deleted: "
+                             "run the same again") from e
     for p in sorted(tmp.iterdir()):
         old = target / p.name
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
@@ -585,7 +606,7 @@ def _fetch_file(
     os.replace(file, target / name)
     return target / name
 
-
+# %% ../nbs/11_benchmarks.ipynb #1bf8178b
 def _fetch_each(source: Source, target: Path, say):
     "Download the files that a list names, several at a time."
     table, column, url, path = source.each
@@ -613,7 +634,8 @@ def fetch_dataset(
     source, target = SOURCES[bench.name], Path(root or aasp_home("data")).expanduser().absolute() / bench.name
     say(f"{bench.title} from {source.home}\n  licence: {source.licence}; download: {source.size}; into {target}")
     if source.manual: say("  by hand: " + source.manual.format(target))
-    with room(target if target.exists() else Path(root or aasp_home()).expanduser(), "free space, then run the same again"):
+    with room(target if target.exists() else Path(root or aasp_home()).expanduser(),
+              "free space, then run the same again"):
         target.mkdir(parents=True, exist_ok=True)
         done = target / ".fetched.json"
         have = json.loads(done.read_text()) if done.exists() else []
