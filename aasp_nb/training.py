@@ -120,6 +120,7 @@ def environment(
 class RunError(RuntimeError):
     "A run folder or a run that cannot go on; the message says what to do."
 
+# %% ../nbs/10_training.ipynb #a2f8e2d6
 @contextlib.contextmanager
 def writing(
     path: str | Path,  # the run folder
@@ -129,6 +130,7 @@ def writing(
     except OSError as e:
         raise RunError(f"cannot write to {path}: {e}. Free space or rights, then go on with resume=\"auto\"") from e
 
+# %% ../nbs/10_training.ipynb #82bddba9
 def write_json(
     path: str | Path,  # file
     data,  # anything JSON can hold; NaN and infinities become null
@@ -173,25 +175,30 @@ class RunDir:
     @property
     def checkpoints(self) -> Path: return self.path / "checkpoints"
 
-    def _check(self, resume) -> bool:
-        "Does the folder hold a run? Raises `RunError` where that is not what was asked for."
-        if (self.path / "config.json").is_file():
-            if resume: return True
-            raise RunError(f'{self.path} holds a run already: choose another run_dir, or pass resume="auto" to go on')
-        if resume is True: raise RunError(f"{self.path} holds no run to resume: check run_dir")
-        ours = {".lock", "log.txt", "checkpoints"}  # left by a run that ended before it began
-        if self.path.exists() and (not self.path.is_dir() or {p.name for p in self.path.iterdir()} - ours):
-            raise RunError(f"{self.path} is not empty and not a run: choose another run_dir")
-        return False
+# %% ../nbs/10_training.ipynb #c0390eba
+@patch
+def _check(self: RunDir, resume) -> bool:
+    "Does the folder hold a run? Raises `RunError` where that is not what was asked for."
+    if (self.path / "config.json").is_file():
+        if resume: return True
+        raise RunError(f'{self.path} holds a run already: choose another run_dir, or pass resume="auto" to go on')
+    if resume is True: raise RunError(f"{self.path} holds no run to resume: check run_dir")
+    ours = {".lock", "log.txt", "checkpoints"}  # left by a run that ended before it began
+    if self.path.exists() and (not self.path.is_dir() or {p.name for p in self.path.iterdir()} - ours):
+        raise RunError(f"{self.path} is not empty and not a run: choose another run_dir")
+    return False
 
-    def _take_lock(self):
-        self._lock = (self.path / ".lock").open("a")
-        try: fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            self._lock.close()
-            raise RunError(f"another process is running in {self.path}: wait for it or choose another run_dir") from e
-        _LOCKED.add(self)
+# %% ../nbs/10_training.ipynb #efecce92
+@patch
+def _take_lock(self: RunDir):
+    self._lock = (self.path / ".lock").open("a")
+    try: fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        self._lock.close()
+        raise RunError(f"another process is running in {self.path}: wait for it or choose another run_dir") from e
+    _LOCKED.add(self)
 
+# %% ../nbs/10_training.ipynb #32bae9a2
 _LOCKED = weakref.WeakSet()  # a forked child would keep a run locked for as long as it lives
 
 def _unlock_child():
@@ -210,6 +217,7 @@ def log(self: RunDir,
     with writing(self.path), (self.path / "log.txt").open("a", encoding="utf-8") as f:
         f.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
+# %% ../nbs/10_training.ipynb #ba814236
 @patch
 def check(self: RunDir):
     "Raise `RunError` if the folder is not where it was: removed, renamed or unmounted."
@@ -219,6 +227,7 @@ def check(self: RunDir):
         raise RunError(f"the run folder {self.path} is gone (removed, renamed or unmounted): bring it back, then go on "
                                 'with resume="auto"')
 
+# %% ../nbs/10_training.ipynb #593bad66
 @patch
 def close(self: RunDir):
     "Flush TensorBoard and give the lock back."
@@ -227,6 +236,7 @@ def close(self: RunDir):
     self.tensorboard = None
     if self._lock: self._lock.close()
 
+# %% ../nbs/10_training.ipynb #9af78d30
 @patch
 def read_json(self: RunDir, name: str) -> dict:  # contents
     "One of the folder's JSON files."
@@ -251,6 +261,7 @@ def add_metrics(self: RunDir,
         for k, v in row.items():
             if self.tensorboard and k != "step": self.tensorboard.add_scalar(k, v, row["step"])
 
+# %% ../nbs/10_training.ipynb #87247042
 def _metric_rows(path: Path) -> list:
     "Rows of a metrics file as text; none if there is no file. Lines that a crash has cut or damaged are left out."
     if not path.is_file(): return []
@@ -260,11 +271,13 @@ def _metric_rows(path: Path) -> list:
         rows = [dict(zip(lines[0].split(","), l.split(","))) for l in lines[1:] if l.count(",") == lines[0].count(",")]
     return [r for r in rows if None not in r.values() and None not in r and r.get("step", "").isdecimal()]
 
+# %% ../nbs/10_training.ipynb #29a4effe
 def _number(text: str) -> float:
     "A metric; NaN for what is no number."
     try: return float(text)
     except ValueError: return math.nan
 
+# %% ../nbs/10_training.ipynb #b93c10f0
 def _write_rows(path: Path, header: list, rows: list):
     "Write a metrics file anew, atomically."
     tmp = path.with_name(".metrics.csv")
@@ -286,6 +299,7 @@ def start_metrics(self: RunDir,
         except ImportError: self.log("TensorBoard is not installed: metrics go to metrics.csv only"); return
         self.tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step + 1 if step else None)
 
+# %% ../nbs/10_training.ipynb #415c01d1
 def read_metrics(
     run_dir: str | Path,  # run folder
 ) -> dict:  # name -> float64 array, one entry per row; missing values are NaN
@@ -315,16 +329,20 @@ class Onlooker:
 class CheckpointError(ValueError):
     "A checkpoint that is damaged, of another version, or missing; the message names it."
 
+# %% ../nbs/10_training.ipynb #4c4ca843
 CHECKPOINT_FORMAT = 1
 
+# %% ../nbs/10_training.ipynb #79ddd2df
 def _sha256(path: Path) -> str:
     with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../nbs/10_training.ipynb #d88b3503
 def _seal(state: dict) -> str:
     "Digest of a state without its own digest."
     return hashlib.sha256(json.dumps({k: v for k, v in state.items() if k != "sha256"},
                                      sort_keys=True).encode()).hexdigest()
 
+# %% ../nbs/10_training.ipynb #4c23104e
 def _sync(path: Path):
     "Flush a file or a folder to the disk."
     fd = os.open(path, os.O_RDONLY)
@@ -374,9 +392,10 @@ def load_checkpoint(
     if state.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{folder}: format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}")
     if not isinstance(state.get("files"), dict): raise CheckpointError(f"{folder}: state.json names no files")
-    return {Path(n).stem: _load_file(folder, n, d) for n, d in state["files"].items() if not only
-            or Path(n).stem in only}, state
+    return {Path(n).stem: _load_file(folder, n, d) for n, d in state["files"].items()
+            if not only or Path(n).stem in only}, state
 
+# %% ../nbs/10_training.ipynb #439bd91e
 def _load_file(folder: Path, name: str, digest: str) -> dict:
     "Tensors of one file of a checkpoint, if it has the digest."
     path = folder / Path(name).name
@@ -393,6 +412,7 @@ def step_folders(
     "Checkpoints of a run in order of their step."
     return sorted((p for p in Path(folder).glob("step-*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
 
+# %% ../nbs/10_training.ipynb #e0300be6
 def latest_checkpoint(
     folder: str | Path,  # a run's `checkpoints`
     only: tuple = None,  # file stems to load (default: all)
@@ -403,12 +423,14 @@ def latest_checkpoint(
         except CheckpointError as e: warnings.warn(f"{e}; using the one before it", stacklevel=2)
     return None, None, None
 
+# %% ../nbs/10_training.ipynb #ba83285d
 def _best(folder: str | Path) -> dict:
     "Name and score of the best checkpoint; empty if none is known."
     try: best = json.loads((Path(folder) / "best.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): return {}
     return best if isinstance(best, dict) else {}
 
+# %% ../nbs/10_training.ipynb #22f49772
 def prune(
     folder: str | Path,  # a run's `checkpoints`
     keep_last: int = 3,  # newest ones to keep, at least 1
@@ -426,6 +448,7 @@ def optimizer_tensors(
     return {f"{k}/{n}": v for g in optimizer.param_groups for n, p in zip(g["names"], g["params"])
             for k, v in optimizer.state.get(p, {}).items()}
 
+# %% ../nbs/10_training.ipynb #755e54af
 def load_optimizer(
     optimizer: torch.optim.Optimizer,  # to fill
     tensors: dict,  # from `optimizer_tensors`
@@ -459,28 +482,35 @@ class Saver:
         copy = {f: {k: v.detach().to("cpu", copy=True) for k, v in g.items()} for f, g in tensors.items()}
         self.pending = self.pool.submit(self._write, step, copy, {**state, "step": step, "score": score})
 
-    def _write(self, step, tensors, state):
-        folder, name = self.run.checkpoints, f"step-{step:08d}"
-        self.run.check()
-        if (folder / name).exists(): return
-        save_checkpoint(folder / name, tensors, state)
-        score = state["score"]
-        if score is not None and score < float(_best(folder).get("score") or math.inf):
-            write_json(folder / "best.json", {"name": name, "score": score})
-        prune(folder, self.keep_last)
+# %% ../nbs/10_training.ipynb #788a6899
+@patch
+def _write(self: Saver, step, tensors, state):
+    folder, name = self.run.checkpoints, f"step-{step:08d}"
+    self.run.check()
+    if (folder / name).exists(): return
+    save_checkpoint(folder / name, tensors, state)
+    score = state["score"]
+    if score is not None and score < float(_best(folder).get("score") or math.inf):
+        write_json(folder / "best.json", {"name": name, "score": score})
+    prune(folder, self.keep_last)
 
-    def wait(self):
-        "Until the last checkpoint is on the disk."
-        pending, self.pending = self.pending, None
-        if pending is None: return
-        try:
-            with writing(self.run.path): pending.result()
-        except SafetensorError as e: raise RunError(f"cannot write to {self.run.path}: {e}. Free space or rights, "
-                                                    'then go on with resume="auto"') from e
+# %% ../nbs/10_training.ipynb #9c3edf81
+@patch
+def wait(self: Saver):
+    "Until the last checkpoint is on the disk."
+    pending, self.pending = self.pending, None
+    if pending is None: return
+    try:
+        with writing(self.run.path): pending.result()
+    except SafetensorError as e:
+        raise RunError(f"cannot write to {self.run.path}: {e}. Free space or rights, "
+                       'then go on with resume="auto"') from e
 
-    def poll(self):
-        "Raise what a finished write raised, without waiting."
-        if self.pending is not None and self.pending.done(): self.wait()
+# %% ../nbs/10_training.ipynb #1aa10d5b
+@patch
+def poll(self: Saver):
+    "Raise what a finished write raised, without waiting."
+    if self.pending is not None and self.pending.done(): self.wait()
 
 # %% ../nbs/10_training.ipynb #7560f378
 def duration(
@@ -568,6 +598,7 @@ def update(self: Progress,
 class TrainingError(RuntimeError):
     "Training cannot go on; the message says why and what to do."
 
+# %% ../nbs/10_training.ipynb #54275503
 class Window:
     "Collects the logs of the steps since the last reading; `flush` is the only place that waits for the device."
     def __init__(self): self.rows, self.steps, self.indices = [], [], []
@@ -710,6 +741,7 @@ def backward(self: Learner,
         for name, v in {"loss": loss.detach(), **logs}.items(): total[name] = total.get(name, 0) + v / len(parts)
     return total
 
+# %% ../nbs/10_training.ipynb #4ed6f092
 @patch
 def step(self: Learner,
     batch: dict,  # this process's clips: tensors with the clips first, on any device
@@ -736,6 +768,7 @@ def state(self: Learner) -> tuple:  # tensors for `save_checkpoint`; JSON
     return dict(model=self.model.state_dict(), optimizer=optimizer_tensors(self.optimizer),
                 rng=rng), {"seed": self.seed}
 
+# %% ../nbs/10_training.ipynb #e5971345
 @patch
 def load_state(self: Learner,
     tensors: dict,  # from `load_checkpoint`
@@ -794,6 +827,7 @@ def _of_all(reports: list) -> list:
     known = lambda clips: [] if clips is None else [int(x) for x in clips]
     return [(same[0][0], [x for _, clips in same for x in known(clips)] or None) for same in zip(*reports)]
 
+# %% ../nbs/10_training.ipynb #f9a03eec
 def _fetch(batches, wanted: bool) -> tuple:
     "The next batch, or the error that it met; neither if none is wanted."
     try: return (next(batches), None) if wanted else (None, None)
@@ -824,8 +858,7 @@ def fit(
             batch, error = _fetch(batches, step < stop_at)
             reason = agree("error" if error else None)  # the processes decide together, after the same step
             while step < stop_at and not reason:
-                s.train(batch, step)
-                step += 1
+                s.train(batch, step); step += 1
                 batch, error = _fetch(batches, step < stop_at)
                 late = "max_minutes" if time.monotonic() - s.begin > 60 * (max_minutes or math.inf) else None
                 reason = agree("error" if error else stop.reason or stop_wanted() or late)
@@ -839,8 +872,7 @@ def fit(
     finally:
         if hasattr(batches, "close"): batches.close()
     return _tell(dict(status="finished" if step >= steps else "stopped", reason=reason, step=step, steps=steps,
-                      seconds=s.seconds,
-                      bad_steps=s.guard.total, alarms=s.guard.alarms, last=s.row))
+                      seconds=s.seconds, bad_steps=s.guard.total, alarms=s.guard.alarms, last=s.row))
 
 # %% ../nbs/10_training.ipynb #079cbf54
 def check_space(
@@ -857,6 +889,7 @@ def check_space(
     if free < size: raise RunError(f"{text}: free space, or choose another run_dir")
     if free < missing * size: run.log(f"{text}: not enough for keep_last={keep_last}, free some or lower it", show=True)
 
+# %% ../nbs/10_training.ipynb #4a3c2d0f
 def _tell(out: dict) -> dict:
     "Let a launcher know how training ended: one line in the file that AASP_STATUS names."
     if (path := os.environ.get("AASP_STATUS")) and rank() == 0:
@@ -900,8 +933,8 @@ class AaSPLearner(Learner):
         model, c = AaSP(config).to(device), config
         super().__init__(model, make_optimizer(model, c.lr, c.weight_decay, c.betas), grad_clip=c.grad_clip or None,
                          lr_at=lambda s: cosine_warmup(s, c.steps, c.warmup_steps, c.lr, c.min_lr),
-                         precision=c.precision,
-                         seed=c.seed, micro_batch=c.batch_size // (c.accumulation_steps * world_size()))
+                         precision=c.precision, seed=c.seed,
+                         micro_batch=c.batch_size // (c.accumulation_steps * world_size()))
         self.config, self.front = config, FrontEnd(config).to(device)
 
     def prepare(self, batch, step):
@@ -914,14 +947,6 @@ class AaSPLearner(Learner):
                 if v is not None}
         wave = batch["wave"].to(self.device, non_blocking=True)
         return dict(logmel=self.front(wave), **vars(masks.to(self.device)), **more)
-
-    def _padding(self, masks, pad, n):
-        "Padding, where any process has some, and each clip's weight in L_mask, where the step has several parts."
-        if world_size() == 1 and (pad is None or n <= self.micro_batch): return pad, None
-        mine = torch.zeros(n, self.config.grid[1], dtype=torch.bool) if pad is None else pad
-        asked = asked_queries(masks, patch_padding(mine, self.config.grid[0]))
-        padded, total = summed([pad is not None, asked.sum().item()])
-        return (mine, asked * (n * world_size() / max(total, 1))) if padded else (None, None)
 
     def loss(self, batch, generator):
         share = batch["weight"].mean() if "weight" in batch else None
@@ -936,6 +961,16 @@ class AaSPLearner(Learner):
 
     @staticmethod
     def _masks(batch): return ViewMasks(batch["mask"], batch["visible"], batch["queries"])
+
+# %% ../nbs/10_training.ipynb #79b2d8cb
+@patch
+def _padding(self: AaSPLearner, masks, pad, n):
+    "Padding, where any process has some, and each clip's weight in L_mask, where the step has several parts."
+    if world_size() == 1 and (pad is None or n <= self.micro_batch): return pad, None
+    mine = torch.zeros(n, self.config.grid[1], dtype=torch.bool) if pad is None else pad
+    asked = asked_queries(masks, patch_padding(mine, self.config.grid[0]))
+    padded, total = summed([pad is not None, asked.sum().item()])
+    return (mine, asked * (n * world_size() / max(total, 1))) if padded else (None, None)
 
 # %% ../nbs/10_training.ipynb #544e403a
 @patch
@@ -982,6 +1017,7 @@ def _compare(folder: Path):
         if not isinstance(sums, dict) or _sha256(folder / name) != sums.get(name):
             raise CheckpointError(f"{folder}: {name} is damaged (checksum differs): export or copy it again")
 
+# %% ../nbs/10_training.ipynb #48ca8a87
 def _encoder_source(path: Path, which: str) -> tuple:
     "Weights of an encoder and its configuration from a run, a checkpoint or an encoder folder."
     if (path / "checkpoints").is_dir():
@@ -1027,8 +1063,10 @@ def as_config(
     if isinstance(config, AaSPConfig): return config
     return AaSPConfig.preset(config) if isinstance(config, str) else AaSPConfig.from_dict(config)
 
+# %% ../nbs/10_training.ipynb #ee4e525b
 MEASURED = ("norm_mean", "norm_std", "norm_measure")
 
+# %% ../nbs/10_training.ipynb #0b1b1f89
 def check_same(
     run: RunDir,  # resumed
     name: str,  # what is compared, for the message
@@ -1037,10 +1075,11 @@ def check_same(
     ignore: tuple = (),  # keys that may differ
 ):
     "Raise `RunError` that lists what differs between a run and what it is resumed with."
-    differ = [f"{k}: {have.get(k)!r} in the run, {want.get(k)!r} now" for k in want if k not in ignore
-              and json.dumps(have.get(k)) != json.dumps(want.get(k))]
-    if differ: raise RunError(f"{run.path} was started with another {name} ({'; '.join(differ[:5])}): "
-                              "resume it as it was, or choose another run_dir")
+    differ = [f"{k}: {have.get(k)!r} in the run, {want.get(k)!r} now" for k in want
+              if k not in ignore and json.dumps(have.get(k)) != json.dumps(want.get(k))]
+    if differ:
+        raise RunError(f"{run.path} was started with another {name} ({'; '.join(differ[:5])}): "
+                       "resume it as it was, or choose another run_dir")
 
 # %% ../nbs/10_training.ipynb #b73ccdf1
 def prepare_data(
@@ -1058,6 +1097,7 @@ def prepare_data(
     return AudioDataset(manifest, config.crop_seconds, config.sample_rate, seed=config.seed,
                         fill_crops=config.fill_crops, reader=reader)
 
+# %% ../nbs/10_training.ipynb #9964f99e
 def describe_data(dataset: AudioDataset) -> dict:
     "What identifies a run's data: number and list of clips."
     m = dataset.manifest
@@ -1113,22 +1153,22 @@ def _out_of_memory(e: Exception) -> bool:
     "Is this the device or the machine out of memory?"
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
+# %% ../nbs/10_training.ipynb #9e9660ed
 def _train(run, config: AaSPConfig, dataset: AudioDataset, device: torch.device, max_steps=None, workers=None,
            **kw) -> dict:
     "Train a run that is prepared, in this process, alone or as one of several; results in the first."
     try:
         learner = AaSPLearner(config, device)
         start, seconds = restore(run, learner)
-        done = run.resumed and start >= min(max_steps or config.steps,
-                                            config.steps) and (run.path / "results.json").is_file()
+        done = (run.resumed and start >= min(max_steps or config.steps, config.steps)
+                and (run.path / "results.json").is_file())
         if from_first(done):
             run.log(f"nothing to do: {start} steps are done", show=True)
             return run.read_json("results.json") if run.writes else None
         if workers is None:
             workers = 0 if isinstance(dataset.reader, CachedReader) else max(1, os.cpu_count() // world_size() - 1)
-        loader = train_loader(dataset, config.batch_size, config.seed, start, workers=workers, pin_memory=device.type
-                              == "cuda",
-                              rank=rank(), world=world_size())
+        loader = train_loader(dataset, config.batch_size, config.seed, start, workers=workers,
+                              pin_memory=device.type == "cuda", rank=rank(), world=world_size())
         run.start_metrics(start)
         out = fit(learner, loader, run, config.steps, start, max_steps, guard=Guard(run, after=config.warmup_steps),
                   seconds=seconds, extra={"config": config.to_dict()}, **kw)
@@ -1136,8 +1176,7 @@ def _train(run, config: AaSPConfig, dataset: AudioDataset, device: torch.device,
     except (MemoryError, RuntimeError) as e:
         if not _out_of_memory(e): raise
         raise RunError(f"out of memory on {device}: raise accumulation_steps (now {config.accumulation_steps}), or "
-                       "lower "
-                       f"batch_size ({config.batch_size}) or views ({config.views})") from e
+                       f"lower batch_size ({config.batch_size}) or views ({config.views})") from e
 
 # %% ../nbs/10_training.ipynb #6cb1bff9
 def _take_part(config: AaSPConfig, data, run_dir: Path, device: str, cache: bool, threads: int, kw: dict) -> dict:
@@ -1193,6 +1232,7 @@ def _newest(run: RunDir) -> tuple:
         if int(later.name[5:]) > state["step"]: later.rename(later.with_name(f"damaged-{later.name}"))
     return path, tensors, state
 
+# %% ../nbs/10_training.ipynb #33e098da
 def restore(
     run: RunDir,  # maybe resumed; an `Onlooker` in all processes but the first
     learner: Learner,  # gets the newest whole checkpoint
