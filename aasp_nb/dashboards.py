@@ -178,12 +178,14 @@ def line(self: Scene, x, y, color="#222", name="", width=2.0, dash=(), unit=""):
     return self.layer("line", x=np.asarray(x), y=np.asarray(y), color=color, name=name, width=width, dash=list(dash),
                       unit=unit)
 
+# %% ../nbs/17_dashboards.ipynb #70919bda
 @patch
 def band(self: Scene, x, lo, hi, color="#222", alpha=0.18, name=""):
     "The area between two curves."
     return self.layer("band", x=np.asarray(x), lo=np.asarray(lo), hi=np.asarray(hi), color=color, alpha=alpha,
                       name=name)
 
+# %% ../nbs/17_dashboards.ipynb #4d48362f
 @patch
 def points(self: Scene, x, y, color="#222", size=3.0, alpha=1.0, name="", marker="o", pick=""):
     "Points; `pick` names the layer in what a click reports."
@@ -197,9 +199,9 @@ def bars(self: Scene, x, y, width=0.8, color="#222", lo=None, hi=None, name="", 
     nan = np.full(len(x), np.nan)
     return self.layer("bars", x=np.asarray(x), y=np.asarray(y), lo=np.asarray(nan if lo is None else lo),
                       hi=np.asarray(nan if hi is None else hi), width=width, color=color, name=name, pick=pick,
-                      base=base,
-                      outline=outline)
+                      base=base, outline=outline)
 
+# %% ../nbs/17_dashboards.ipynb #f0238388
 @patch
 def picture(self: Scene, values, extent, lim=None):
     "A picture, row 0 at the bottom; values between `lim` run through the colour map; extent (x0, x1, y0, y1)."
@@ -210,8 +212,8 @@ def picture(self: Scene, values, extent, lim=None):
     self.pictures.append(pixels)
     self.drawn += pixels.size
     self.spec["layers"].append(dict(kind="picture", data=[self.drawn - pixels.size, pixels.size],
-                                    shape=list(pixels.shape),
-                                    extent=[float(e) for e in extent], lim=[float(lo), float(hi)]))
+                                    shape=list(pixels.shape), extent=[float(e) for e in extent],
+                                    lim=[float(lo), float(hi)]))
     return self
 
 # %% ../nbs/17_dashboards.ipynb #153f0858
@@ -221,37 +223,48 @@ def mark(self: Scene, x=None, y=None, color="#555", dash=(4, 3), width=1.2, name
     return self.layer("mark", at=float(x if x is not None else y), way="v" if x is not None else "h", color=color,
                       dash=list(dash), width=width, name=name)
 
+# %% ../nbs/17_dashboards.ipynb #a4d39556
 @patch
 def span(self: Scene, x0, x1, color="#0072B2", alpha=0.08, name=""):
     "A shaded range of x."
     return self.layer("span", x0=float(x0), x1=float(x1), color=color, alpha=alpha, name=name)
 
+# %% ../nbs/17_dashboards.ipynb #efc59ea1
 @patch
 def frame(self: Scene, x0, x1, y0, y1, color="#fff", width=2.0):
     "A rectangle."
     return self.layer("frame", box=[float(v) for v in (x0, x1, y0, y1)], color=color, width=width)
 
+# %% ../nbs/17_dashboards.ipynb #f74256f6
 @patch
 def text(self: Scene, x, y, text, color="#444", align="center", size=11):
     "A text whose foot stands at (x, y); align left, center or right."
     return self.layer("text", at=[float(x), float(y)], text=text, color=color, align=align, size=size)
 
 # %% ../nbs/17_dashboards.ipynb #16d5bc2b
-def _mpl_line(ax, s, l): ax.plot(s.get(l["x"]), s.get(l["y"]), color=l["color"], lw=l["width"] * .75,
-                                 label=l["name"] or None,
-                                 ls=(0, tuple(l["dash"])) if l["dash"] else "-")
-def _mpl_band(ax, s, l): ax.fill_between(s.get(l["x"]), s.get(l["lo"]), s.get(l["hi"]), color=l["color"],
-                                         alpha=l["alpha"],
-                                         lw=0, label=l["name"] or None)
+def _mpl_line(ax, s, l):
+    ax.plot(s.get(l["x"]), s.get(l["y"]), color=l["color"], lw=l["width"] * .75, label=l["name"] or None,
+            ls=(0, tuple(l["dash"])) if l["dash"] else "-")
+
+# %% ../nbs/17_dashboards.ipynb #decdc0f7
+def _mpl_band(ax, s, l):
+    ax.fill_between(s.get(l["x"]), s.get(l["lo"]), s.get(l["hi"]), color=l["color"], alpha=l["alpha"], lw=0,
+                    label=l["name"] or None)
+
+# %% ../nbs/17_dashboards.ipynb #601b5af6
 def _mpl_points(ax, s, l):
     ax.scatter(s.get(l["x"]), s.get(l["y"]), s=l["size"] ** 2, color=l["color"], alpha=l["alpha"], lw=0,
                marker={"o": "o", "d": "D", "x": "x"}[l["marker"]], label=l["name"] or None, zorder=4)
+
+# %% ../nbs/17_dashboards.ipynb #6782507e
 def _mpl_bars(ax, s, l):
     x, y, lo, hi = (s.get(l[k]) for k in ("x", "y", "lo", "hi"))
     ax.bar(x, y - l["base"], l["width"], bottom=l["base"], color=l["color"], label=l["name"] or None)
     ok = np.isfinite(lo)
     ax.errorbar(x[ok], y[ok], yerr=[np.maximum(y - lo, 0)[ok], np.maximum(hi - y, 0)[ok]], fmt="none", ecolor="#222",
                 lw=1, capsize=3)
+
+# %% ../nbs/17_dashboards.ipynb #96d72af4
 def _mpl_picture(ax, s, l):
     i = [k for k in s.spec["layers"] if k["kind"] == "picture"].index(l)
     ax.imshow(s.pictures[i], origin="lower", extent=l["extent"], aspect="auto", cmap="magma", vmin=0, vmax=255,
@@ -262,12 +275,18 @@ def _mpl_mark(ax, s, l):
     style = dict(color=l["color"], lw=l["width"] * .75, ls=(0, tuple(l["dash"])) if l["dash"] else "-",
                  label=l["name"] or None)
     ax.axvline(l["at"], **style) if l["way"] == "v" else ax.axhline(l["at"], **style)
+
+# %% ../nbs/17_dashboards.ipynb #8bdf056e
 def _mpl_span(ax, s, l): ax.axvspan(l["x0"], l["x1"], color=l["color"], alpha=l["alpha"], lw=0, label=l["name"] or None)
+
+# %% ../nbs/17_dashboards.ipynb #aae03872
 def _mpl_frame(ax, s, l):
     x0, x1, y0, y1 = l["box"]
     ax.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color=l["color"], lw=l["width"] * .75)
-def _mpl_text(ax, s, l): ax.text(*l["at"], l["text"], color=l["color"], ha=l["align"], va="bottom",
-                                 fontsize=l["size"] * .75)
+
+# %% ../nbs/17_dashboards.ipynb #b052adf3
+def _mpl_text(ax, s, l):
+    ax.text(*l["at"], l["text"], color=l["color"], ha=l["align"], va="bottom", fontsize=l["size"] * .75)
 
 # %% ../nbs/17_dashboards.ipynb #a0eb097a
 @patch
@@ -288,7 +307,8 @@ def on_axes(
     ax.set_title(self.spec["title"], fontsize=10, loc="left", fontweight="bold")
     ax.grid(True, lw=.4, alpha=.6)
     ax.set_axisbelow(True)
-    if legend and any(l.get("name") for l in self.spec["layers"]): ax.legend(fontsize=7, framealpha=0.85, edgecolor="none")
+    if legend and any(l.get("name") for l in self.spec["layers"]):
+        ax.legend(fontsize=7, framealpha=0.85, edgecolor="none")
 
 # %% ../nbs/17_dashboards.ipynb #c8029512
 _JS_SCALES = r"""
@@ -391,6 +411,10 @@ _JS_MARKS = r"""
     const [x0, x1, y0, y1] = l.extent;
     c.imageSmoothingEnabled = false; c.drawImage(off, X(x0), Y(y1), X(x1) - X(x0), Y(y0) - Y(y1));
   },
+"""
+
+# %% ../nbs/17_dashboards.ipynb #891d7c15
+_JS_SIGNS = r"""
   mark(c, l, X, Y, R, p, u, box) {
     c.strokeStyle = l.color; c.lineWidth = l.width; c.setLineDash(l.dash); c.beginPath();
     if (l.way === 'v') { const x = X(l.at); c.moveTo(x, box.t); c.lineTo(x, box.b); }
@@ -552,6 +576,10 @@ _JS_CURSOR = r"""
       py) || {}) });
     model.save_changes();
   }
+"""
+
+# %% ../nbs/17_dashboards.ipynb #8e8afe96
+_JS_EVENTS = r"""
   over.addEventListener('pointermove', e => { const p = place(e); cursor(within(p) ? X.inv(p[0]) : null); });
   over.addEventListener('pointerleave', () => cursor(null));
   over.addEventListener('click', e => { click(...place(e)); canvas.focus({ preventScroll: true }); });
@@ -618,7 +646,7 @@ CSS = r"""
 # %% ../nbs/17_dashboards.ipynb #6bd96e48
 class Plot(anywidget.AnyWidget):
     "A canvas that shows one `Scene`; a redraw is one message."
-    _esm = _JS_SCALES + _JS_LINES + _JS_MARKS + _JS_AXES + _JS_READ + _JS_RENDER + _JS_CURSOR
+    _esm = _JS_SCALES + _JS_LINES + _JS_MARKS + _JS_SIGNS + _JS_AXES + _JS_READ + _JS_RENDER + _JS_CURSOR + _JS_EVENTS
     _css = CSS
     spec = T.Dict().tag(sync=True)                       # axes and layers, numbers by reference
     data = T.Bytes().tag(sync=True)                      # float32
@@ -731,7 +759,8 @@ function render({ model, el }) {
   const held = () => { const v = model.get('wav'); return v && v.byteLength ? v : null; };
   const show = () => { button.textContent = (audio.paused ? '\u25B6 Play ' : '\u25A0 Stop ') + model.get('label');
     button.disabled = !held(); };
-  const drop = () => { audio.pause();  // the address lives a little longer: a browser that still reads it would complain
+  const drop = () => { audio.pause();
+    // the address lives a little longer: a browser that still reads it would complain
     if (url) { const old = url; url = ''; audio.removeAttribute('src'); audio.load();
       setTimeout(() => URL.revokeObjectURL(old), 2000); } };
   const start = () => { if (!held()) return;
@@ -870,16 +899,19 @@ def refresh(self: Dashboard):
     same = [n for n, p in self.presets.items() if kept({**self.first_state(), **p}) == kept(self.state)]
     self.toolbar.preset = same[0] if same else ""
 
+# %% ../nbs/17_dashboards.ipynb #d014de0e
 @patch
 def first_state(self: Dashboard):
     "The state that presets start from: all defaults."
     return check_state(self.fields, {})
 
+# %% ../nbs/17_dashboards.ipynb #36649db3
 @patch
 def fail(self: Dashboard, error):
     "Show an error inside the dashboard."
     self.toolbar.error = str(error) if isinstance(error, StateError) else f"{type(error).__name__}: {error}"
 
+# %% ../nbs/17_dashboards.ipynb #9dd32541
 @patch
 def _changed(self: Dashboard, name, value):
     if self.setting: return
@@ -902,16 +934,19 @@ def update(self: Dashboard, **values):
     finally: self.setting = False
     self.refresh()
 
+# %% ../nbs/17_dashboards.ipynb #ba1e32f9
 @patch
 def dumps(self: Dashboard):
     "The state as JSON text; `papermill -f` accepts it."
     return json.dumps(self.state, indent=2)
 
+# %% ../nbs/17_dashboards.ipynb #27b45451
 @patch
 def save(self: Dashboard, path):
     "Write the state to a JSON file."
     Path(path).write_text(self.dumps() + "\n", encoding="utf-8")
 
+# %% ../nbs/17_dashboards.ipynb #65cd49fb
 @patch
 def load(self: Dashboard, path):
     "Take the state from a JSON file."
@@ -930,6 +965,7 @@ def _message(self: Dashboard, _, content, buffers):
             self.toolbar.send(dict(kind="saved", name=name, text=self.dumps()))
     except Exception as e: self.fail(e)
 
+# %% ../nbs/17_dashboards.ipynb #60cc0d81
 @patch
 def heavy(self: Dashboard, label, work, then):
     "Run `work()` in a thread with a busy sign, then `then(result)`; at once where there is no event loop."
