@@ -8,6 +8,7 @@ __all__ = ['CrossAttention', 'CrossAttentionBlock', 'init_weights', 'CrossAttent
 # %% ../nbs/06_predictor.ipynb #1a032f25
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/06_predictor.ipynb #d6e94964
@@ -87,15 +88,6 @@ class CrossAttentionPredictor(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         self._positions = {}  # fixed tables by grid; not parameters, not in the state
 
-    def positions(self,
-        grid:tuple, # patches along frequency and time
-        like:torch.Tensor, # gives the device
-    ) -> torch.Tensor: # [N, dim] float32
-        "The predictor's own fixed 2-D sin-cos table."
-        key = (*grid, like.device)
-        if key not in self._positions: self._positions[key] = sincos_positions(grid, self.dim).to(like.device).float()
-        return self._positions[key]
-
     def forward(self,
         tokens:torch.Tensor,            # student's visible tokens [B, M, n, D]; CLS may stand among them
         visible:torch.Tensor,           # int64 [B, M, n], patch numbers (used by the CNN predictor)
@@ -107,6 +99,17 @@ class CrossAttentionPredictor(nn.Module):
         context, ignore = tokens.flatten(0, 1), None if ignore is None else ignore.flatten(0, 1)
         for block in self.blocks: x = block(x, context, ignore)
         return self.proj(self.norm(x)).unflatten(0, tokens.shape[:2])
+
+# %% ../nbs/06_predictor.ipynb #c894f29d
+@patch
+def positions(self: CrossAttentionPredictor,
+    grid:tuple, # patches along frequency and time
+    like:torch.Tensor, # gives the device
+) -> torch.Tensor: # [N, dim] float32
+    "The predictor's own fixed 2-D sin-cos table."
+    key = (*grid, like.device)
+    if key not in self._positions: self._positions[key] = sincos_positions(grid, self.dim).to(like.device).float()
+    return self._positions[key]
 
 # %% ../nbs/06_predictor.ipynb #fd7c80d8
 class ConvBlock(nn.Module):
