@@ -69,7 +69,8 @@ def save_figure(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with publication_style():
-        if fig.get_layout_engine() is not None:  # its solver's last bits vary from run to run, and ids are made from them
+        # its solver's last bits vary from run to run, and ids are made from them
+        if fig.get_layout_engine() is not None:
             fig.draw_without_rendering()
             fig.set_layout_engine("none")
             for ax in fig.axes: ax.set_position(np.round(ax.get_position().bounds, 9))

@@ -176,7 +176,7 @@ def initial_raw(
 
 # %% ../nbs/03_patch_embed.ipynb #c1af0333
 def init_linear(module: nn.Module):
-    "MAE's convention: Xavier-uniform linear weights, zero biases: content is as loud as positions at any width [chosen]."
+    "MAE's convention: Xavier-uniform weights, zero biases: content is as loud as positions at any width [chosen]."
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None: nn.init.zeros_(module.bias)
@@ -310,7 +310,7 @@ def row_linear(
     x: torch.Tensor, # [V, n, K] one row of values a patch
     rows: torch.Tensor, # int64 [V, n], frequency patch of each
     weight: torch.Tensor, # [N_f, D', K]
-    wait: bool | None = None, # True: sort by row, False: without a look at `rows` on the host; None: sort on the CPU alone
+    wait: bool | None = None, # True: sort by row; False: no look at `rows` on the host; None: sort on the CPU only
 ) -> torch.Tensor: # [V, n, D']
     "Linear map with the weight of each patch's own row."
     flat, row = x.flatten(0, 1), rows.flatten()
