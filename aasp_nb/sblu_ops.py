@@ -4,28 +4,30 @@
 
 # %% auto #0
 __all__ = ['LANES', 'STEP', 'POWER_RE', 'POWER_IM', 'SLOPE_RE', 'SLOPE_IM', 'LAST_RE', 'LAST_IM', 'GAIN', 'GAIN_ALPHA',
-           'GAIN_BETA', 'TABLE_ROWS', 'square_root', 'absolute', 'floor', 'workers', 'compile_lock', 'ready_kernels',
-           'GPU_BLOCK', 'GPU_PROGRAMS', 'BACKENDS', 'window_sums', 'adjoint_sums', 'window_sums_direct',
-           'adjoint_sums_direct', 'patch_forward', 'gain_gradients', 'patch_backward', 'patch_windows',
-           'guarded_forward', 'guarded_backward', 'torch_forward', 'torch_backward', 'compiled', 'inlined', 'Row',
-           'row_vector', 'row_op', 'row_pointer', 'get_row', 'put_row', 'spread', 'fill_row', 'overload_arithmetic',
-           'row_function', 'where_less', 'two_to', 'row_sum', 'transpose_block', 'load_tile', 'store_tile', 'row_exp',
-           'row_sincos', 'product', 'row_power', 'put_complex', 'put_powers', 'put_gains', 'patch_table',
-           'first_windows', 'slope_block', 'slope_turn', 'first_slopes', 'slide', 'slope_slide', 'slide_slopes',
-           'magnitude', 'magnitudes', 'phasor', 'frame_gradients', 'turn_state', 'leave_state', 'add_row',
-           'adjoint_inside', 'adjoint_quiet', 'adjoint_slide', 'direct_frame', 'direct_outputs', 'direct_gradients',
-           'cpu_forward', 'patch_gradients', 'cpu_backward', 'WorkerPool', 'ready_kernel', 'numba_call', 'jit',
-           'lane_row', 'lane_sample', 'lane_power', 'lane_gain', 'lane_size', 'lane_direct', 'gpu_sums_left',
-           'gpu_forward', 'gpu_slide_left', 'gpu_gradients', 'gpu_adjoint', 'gpu_direct_backward', 'gpu_backward',
-           'triton_launch', 'triton_forward', 'triton_backward', 'all_tokens', 'visible_tokens', 'last_backend',
-           'use_backend', 'asked_backend', 'pick_backend', 'working', 'adaptive_sblu_op', 'dense_geometry',
-           'adaptive_sblu_backward_op', 'save_dense', 'dense_gradients', 'no_vmap', 'adaptive_sblu', 'gather_windows',
-           'patches_direct', 'torch_patches_backward', 'sparse_geometry', 'check_index', 'sblu_patches_op',
-           'sblu_patches_backward_op', 'save_sparse', 'sparse_gradients', 'check_patches', 'sblu_patches']
+           'GAIN_BETA', 'TABLE_ROWS', 'square_root', 'absolute', 'floor', 'RUNS', 'workers', 'compile_lock',
+           'ready_kernels', 'GPU_BLOCK', 'GPU_PROGRAMS', 'BACKENDS', 'window_sums', 'adjoint_sums',
+           'window_sums_direct', 'adjoint_sums_direct', 'patch_forward', 'gain_gradients', 'patch_backward',
+           'patch_windows', 'guarded_forward', 'guarded_backward', 'torch_forward', 'torch_backward', 'compiled',
+           'inlined', 'Row', 'row_vector', 'row_op', 'row_pointer', 'get_row', 'put_row', 'spread', 'fill_row',
+           'overload_arithmetic', 'row_function', 'where_less', 'two_to', 'row_sum', 'transpose_block', 'load_tile',
+           'store_tile', 'row_exp', 'row_sincos', 'product', 'row_power', 'put_complex', 'put_powers', 'put_gains',
+           'patch_table', 'first_windows', 'slope_block', 'slope_turn', 'first_slopes', 'slide', 'slope_slide',
+           'slide_slopes', 'magnitude', 'magnitudes', 'phasor', 'frame_gradients', 'turn_state', 'leave_state',
+           'add_row', 'adjoint_inside', 'adjoint_quiet', 'adjoint_slide', 'direct_frame', 'direct_outputs',
+           'direct_gradients', 'cpu_forward', 'patch_gradients', 'cpu_backward', 'WorkerPool', 'ready_kernel',
+           'numba_call', 'jit', 'lane_row', 'lane_sample', 'lane_power', 'lane_gain', 'lane_size', 'lane_direct',
+           'gpu_sums_left', 'gpu_forward', 'gpu_slide_left', 'gpu_gradients', 'gpu_adjoint', 'gpu_direct_backward',
+           'gpu_backward', 'triton_launch', 'triton_forward', 'triton_backward', 'all_tokens', 'visible_tokens',
+           'last_backend', 'use_backend', 'asked_backend', 'pick_backend', 'working', 'adaptive_sblu_op',
+           'dense_geometry', 'adaptive_sblu_backward_op', 'save_dense', 'dense_gradients', 'no_vmap', 'adaptive_sblu',
+           'gather_windows', 'patches_direct', 'torch_patches_backward', 'sparse_geometry', 'check_index',
+           'sblu_patches_op', 'sblu_patches_backward_op', 'save_sparse', 'sparse_gradients', 'check_patches',
+           'sblu_patches']
 
 # %% ../nbs/02a_sblu_ops.ipynb #de97563e
 import atexit
 import contextlib
+import itertools
 import math
 import operator
 import os
@@ -802,6 +804,8 @@ def cpu_backward(u, alpha, beta, dy, du, da, db, low, high, slot, patch, geometr
         store_tile(dtile, du, base, frames, lanes, frames, c)
 
 # %% ../nbs/02a_sblu_ops.ipynb #6c9c413a
+RUNS = 4  # pieces per thread that a kernel's work items are cut into
+
 class WorkerPool:
     "Threads that share a kernel's work items with the calling thread; safe after a fork and from several threads."
     def __init__(self): self.reset()
@@ -815,14 +819,20 @@ class WorkerPool:
             return self.pool
 
     def run(self, kernel, args, weights):
-        "kernel(*args, start, stop) over all items, cut into one run of items per thread of about equal weight."
+        "kernel(*args, start, stop) over all items, in runs of about equal weight that the threads take as they come."
         threads = min(torch.get_num_threads(), len(weights))
         if threads <= 1: return kernel(*args, 0, len(weights))
-        total = np.cumsum(weights)
-        cuts = [0, *np.searchsorted(total, total[-1] * np.arange(1, threads) / threads).tolist(), len(weights)]
-        jobs = [self.executor(threads - 1).submit(kernel, *args, a, b) for a, b in zip(cuts[1:-1], cuts[2:]) if b > a]
-        kernel(*args, cuts[0], cuts[1])
-        for job in jobs: job.result()
+        total, runs, turn = np.cumsum(weights), min(RUNS * threads, len(weights)), itertools.count()
+        cuts = [0, *np.searchsorted(total, total[-1] * np.arange(1, runs) / runs).tolist(), len(weights)]
+
+        def work():
+            while (i := next(turn)) < runs:
+                if cuts[i] < cuts[i + 1]: kernel(*args, cuts[i], cuts[i + 1])
+
+        jobs = [self.executor(threads - 1).submit(work) for _ in range(threads - 1)]
+        work()
+        for job in jobs:
+            if not job.cancel(): job.result()  # a thread that has not started yet is not waited for
 
 # %% ../nbs/02a_sblu_ops.ipynb #658de6f0
 workers = WorkerPool()
