@@ -4,25 +4,24 @@
 
 # %% auto #0
 __all__ = ['LANES', 'STEP', 'POWER_RE', 'POWER_IM', 'SLOPE_RE', 'SLOPE_IM', 'LAST_RE', 'LAST_IM', 'GAIN', 'GAIN_ALPHA',
-           'GAIN_BETA', 'TABLE_ROWS', 'square_root', 'absolute', 'floor', 'RUNS', 'workers', 'compile_lock',
-           'ready_kernels', 'GPU_BLOCK', 'GPU_PROGRAMS', 'BACKENDS', 'window_sums', 'adjoint_sums',
-           'window_sums_direct', 'adjoint_sums_direct', 'patch_forward', 'gain_gradients', 'patch_backward',
-           'patch_windows', 'guarded_forward', 'guarded_backward', 'torch_forward', 'torch_backward', 'compiled',
-           'inlined', 'Row', 'row_vector', 'row_op', 'row_pointer', 'get_row', 'put_row', 'spread', 'fill_row',
-           'overload_arithmetic', 'row_function', 'where_less', 'two_to', 'row_sum', 'transpose_block', 'load_tile',
-           'store_tile', 'row_exp', 'row_sincos', 'product', 'row_power', 'put_complex', 'put_powers', 'put_gains',
-           'patch_table', 'first_windows', 'slope_block', 'slope_turn', 'first_slopes', 'slide', 'slope_slide',
-           'slide_slopes', 'magnitude', 'magnitudes', 'phasor', 'frame_gradients', 'turn_state', 'leave_state',
-           'add_row', 'adjoint_inside', 'adjoint_quiet', 'adjoint_slide', 'direct_frame', 'direct_outputs',
-           'direct_gradients', 'cpu_forward', 'patch_gradients', 'cpu_backward', 'WorkerPool', 'ready_kernel',
-           'numba_call', 'jit', 'lane_row', 'lane_sample', 'lane_power', 'lane_gain', 'lane_size', 'lane_direct',
-           'gpu_sums_left', 'gpu_forward', 'gpu_slide_left', 'gpu_gradients', 'gpu_adjoint', 'gpu_direct_backward',
-           'gpu_backward', 'triton_launch', 'triton_forward', 'triton_backward', 'all_tokens', 'visible_tokens',
-           'last_backend', 'use_backend', 'asked_backend', 'pick_backend', 'working', 'adaptive_sblu_op',
-           'dense_geometry', 'adaptive_sblu_backward_op', 'save_dense', 'dense_gradients', 'no_vmap', 'adaptive_sblu',
-           'gather_windows', 'patches_direct', 'torch_patches_backward', 'sparse_geometry', 'check_index',
-           'sblu_patches_op', 'sblu_patches_backward_op', 'save_sparse', 'sparse_gradients', 'check_patches',
-           'sblu_patches']
+           'GAIN_BETA', 'TABLE_ROWS', 'square_root', 'absolute', 'floor', 'workers', 'compile_lock', 'ready_kernels',
+           'GPU_BLOCK', 'GPU_PROGRAMS', 'BACKENDS', 'window_sums', 'adjoint_sums', 'window_sums_direct',
+           'adjoint_sums_direct', 'patch_forward', 'gain_gradients', 'patch_backward', 'patch_windows',
+           'guarded_forward', 'guarded_backward', 'torch_forward', 'torch_backward', 'compiled', 'inlined', 'Row',
+           'row_vector', 'row_op', 'row_pointer', 'get_row', 'put_row', 'spread', 'fill_row', 'overload_arithmetic',
+           'row_function', 'where_less', 'two_to', 'row_sum', 'take_item', 'transpose_block', 'load_tile', 'store_tile',
+           'row_exp', 'row_sincos', 'product', 'row_power', 'put_complex', 'put_powers', 'put_gains', 'patch_table',
+           'first_windows', 'slope_block', 'slope_turn', 'first_slopes', 'slide', 'slope_slide', 'slide_slopes',
+           'magnitude', 'magnitudes', 'phasor', 'frame_gradients', 'turn_state', 'leave_state', 'add_row',
+           'adjoint_inside', 'adjoint_quiet', 'adjoint_slide', 'direct_frame', 'direct_outputs', 'direct_gradients',
+           'cpu_forward', 'patch_gradients', 'cpu_backward', 'WorkerPool', 'ready_kernel', 'numba_call', 'jit',
+           'lane_row', 'lane_sample', 'lane_power', 'lane_gain', 'lane_size', 'lane_direct', 'gpu_sums_left',
+           'gpu_forward', 'gpu_slide_left', 'gpu_gradients', 'gpu_adjoint', 'gpu_direct_backward', 'gpu_backward',
+           'triton_launch', 'triton_forward', 'triton_backward', 'all_tokens', 'visible_tokens', 'last_backend',
+           'use_backend', 'asked_backend', 'pick_backend', 'working', 'adaptive_sblu_op', 'dense_geometry',
+           'adaptive_sblu_backward_op', 'save_dense', 'dense_gradients', 'no_vmap', 'adaptive_sblu', 'gather_windows',
+           'patches_direct', 'torch_patches_backward', 'sparse_geometry', 'check_index', 'sblu_patches_op',
+           'sblu_patches_backward_op', 'save_sparse', 'sparse_gradients', 'check_patches', 'sblu_patches']
 
 # %% ../nbs/02a_sblu_ops.ipynb #de97563e
 import atexit
@@ -326,6 +325,15 @@ def row_sum(typing, x):
         add = numba.core.cgutils.get_or_insert_function(builder.module, kind, full)
         return builder.call(add, [ir.Constant(element, 0.0), args[0]], fastmath=("reassoc",))
     return x.element(x), code
+
+# %% ../nbs/02a_sblu_ops.ipynb #7e1f5c20
+@row_op
+def take_item(typing, turn):
+    "turn[0], which is raised by one in the same step: threads that share it get different numbers."
+    def code(context, builder, signature, args):
+        place = numba.np.arrayobj.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+    return numba.types.int64(turn), code
 
 # %% ../nbs/02a_sblu_ops.ipynb #f462ccc2
 @row_op
@@ -752,14 +760,15 @@ def direct_gradients(tile, du, s, P, c, sign, table, dy, acc):
 
 # %% ../nbs/02a_sblu_ops.ipynb #fe18f394
 @compiled
-def cpu_forward(u, alpha, beta, y, low, high, slot, patch, geometry, delta, sign, start, stop):
-    "Work items start .. stop of the forward pass; flat contiguous arrays."
+def cpu_forward(u, alpha, beta, y, low, high, slot, patch, geometry, delta, sign, turn, count):
+    "Work items of the forward pass, of `count`, as `turn` gives them out; flat contiguous arrays."
     groups, units, frames, P, c, items = geometry[:6]
     clip_in, unit_in, slot_in, clip_out, unit_out, slot_out = geometry[6:]
     table, tile = np.zeros(TABLE_ROWS * LANES, u.dtype), np.empty((frames + 2 * c) * LANES, u.dtype)
     sums, out = np.empty(4 * P * LANES, u.dtype), np.empty(P * LANES, u.dtype)
     work, side = np.empty(2 * LANES), u.dtype.type(sign)
-    for item in range(start, stop):
+    item = take_item(turn)
+    while item < count:
         group, unit = item // items, item % items * LANES
         lanes, clip = min(LANES, units - unit), group // groups
         if high[group] > low[group]: load_tile(u, (group * units + unit) * frames, frames, lanes, frames, c, tile)
@@ -769,6 +778,7 @@ def cpu_forward(u, alpha, beta, y, low, high, slot, patch, geometry, delta, sign
             if slide(tile, s, P, c, side, table, sums) == 0: magnitudes(tile, s, P, table, sums, out)
             else: direct_outputs(tile, s, P, c, side, table, out)
             store_tile(out, y, clip * clip_out + unit * unit_out + slot[i] * slot_out, unit_out, lanes, P, 0)
+        item = take_item(turn)
 
 # %% ../nbs/02a_sblu_ops.ipynb #b12706c6
 @compiled
@@ -780,15 +790,16 @@ def patch_gradients(tile, dtile, s, P, c, sign, table, sums, g, dy, acc):
 
 # %% ../nbs/02a_sblu_ops.ipynb #04fc4875
 @compiled
-def cpu_backward(u, alpha, beta, dy, du, da, db, low, high, slot, patch, geometry, delta, sign, start, stop):
-    "Work items start .. stop of the backward pass; flat contiguous arrays; fills du, da, db."
+def cpu_backward(u, alpha, beta, dy, du, da, db, low, high, slot, patch, geometry, delta, sign, turn, count):
+    "Work items of the backward pass, as `turn` gives them out; flat contiguous arrays; fills du, da, db."
     groups, units, frames, P, c, items = geometry[:6]
     clip_in, unit_in, slot_in, clip_out, unit_out, slot_out = geometry[6:]
     table, tile = np.zeros(TABLE_ROWS * LANES, u.dtype), np.empty((frames + 2 * c) * LANES, u.dtype)
     sums, g, acc = np.empty(8 * P * LANES, u.dtype), np.empty(2 * P * LANES, u.dtype), np.empty(3 * LANES, u.dtype)
     out, work, side = np.empty(P * LANES, u.dtype), np.empty(2 * LANES), u.dtype.type(sign)
     dtile = np.empty((frames + 2 * c) * LANES, u.dtype)
-    for item in range(start, stop):
+    item = take_item(turn)
+    while item < count:
         group, unit = item // items, item % items * LANES
         lanes, clip, base = min(LANES, units - unit), group // groups, (group * units + unit) * frames
         if high[group] > low[group]: load_tile(u, base, frames, lanes, frames, c, tile)
@@ -802,10 +813,9 @@ def cpu_backward(u, alpha, beta, dy, du, da, db, low, high, slot, patch, geometr
                 da[at + l * unit_in] = delta * acc[LANES + l] + acc[l] * table[GAIN_ALPHA * LANES + l]
                 db[at + l * unit_in] = delta * acc[2 * LANES + l] + acc[l] * table[GAIN_BETA * LANES + l]
         store_tile(dtile, du, base, frames, lanes, frames, c)
+        item = take_item(turn)
 
 # %% ../nbs/02a_sblu_ops.ipynb #6c9c413a
-RUNS = 4  # pieces per thread that a kernel's work items are cut into
-
 class WorkerPool:
     "Threads that share a kernel's work items with the calling thread; safe after a fork and from several threads."
     def __init__(self): self.reset()
@@ -818,19 +828,11 @@ class WorkerPool:
                 self.pool, self.size, self.pid = ThreadPoolExecutor(size, "sblu"), size, os.getpid()
             return self.pool
 
-    def run(self, kernel, args, weights):
-        "kernel(*args, start, stop) over all items, in runs of about equal weight that the threads take as they come."
-        threads = min(torch.get_num_threads(), len(weights))
-        if threads <= 1: return kernel(*args, 0, len(weights))
-        total, runs, turn = np.cumsum(weights), min(RUNS * threads, len(weights)), itertools.count()
-        cuts = [0, *np.searchsorted(total, total[-1] * np.arange(1, runs) / runs).tolist(), len(weights)]
-
-        def work():
-            while (i := next(turn)) < runs:
-                if cuts[i] < cuts[i + 1]: kernel(*args, cuts[i], cuts[i + 1])
-
-        jobs = [self.executor(threads - 1).submit(work) for _ in range(threads - 1)]
-        work()
+    def run(self, kernel, args, count):
+        "kernel(*args, turn, count) on every thread; each takes the next of `count` work items from `turn` till none is left."
+        turn, threads = np.zeros(1, np.int64), min(torch.get_num_threads(), count)
+        jobs = [self.executor(threads - 1).submit(kernel, *args, turn, count) for _ in range(threads - 1)]
+        kernel(*args, turn, count)
         for job in jobs:
             if not job.cancel(): job.result()  # a thread that has not started yet is not waited for
 
@@ -863,8 +865,8 @@ def numba_call(kernel, tensors, tokens, geometry, delta, phase):
     low, high, slot, patch = tokens
     args = (*(t.detach().reshape(-1).numpy() for t in tensors), low, high, slot, patch, tuple(int(n) for n in geometry),
             float(delta), 1.0 if phase == "even" else -1.0)
-    kernel = ready_kernel(kernel, (*args, 0, 1))
-    workers.run(kernel, args, np.repeat(high - low + 1, geometry[5]))
+    kernel = ready_kernel(kernel, (*args, np.zeros(1, np.int64), 1))
+    workers.run(kernel, args, len(low) * geometry[5])
 
 # %% ../nbs/02a_sblu_ops.ipynb #a3bbd0d1
 def jit(function):
