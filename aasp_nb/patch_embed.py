@@ -17,7 +17,6 @@ from torch import nn
 
 from .audio import zero_phase_highpass
 from .sblu import bound_parameters, check_kernel_size, initial_raw_decay, initial_raw_freq
-from .sblu_ops import adaptive_sblu, sblu_patches
 
 # %% ../nbs/03_patch_embed.ipynb #9ea137d5
 def sincos_axis(
@@ -447,6 +446,7 @@ def spectrum(self: AdaptiveSBLU,
     visible: torch.Tensor | None = None, # int64 [B, M, n]; None: all patches
 ) -> torch.Tensor: # [B, M, n, H, P_t], non-negative
     "Step 3: the gain-scaled magnitude of each patch and unit (equation 3)."
+    from aasp_nb.sblu_ops import adaptive_sblu, sblu_patches  # here: what only estimates opens without numba
     grid = (self.rows, u.shape[-1] // self.patch_size[1])
     if visible is not None: return sblu_patches(u, alpha, beta, visible, grid, **self.kernel)
     rates = [r.reshape(-1, *grid, self.hidden).transpose(2, 3).flatten(1, 2) for r in (alpha, beta)]
