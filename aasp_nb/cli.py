@@ -229,6 +229,12 @@ def _shards(args) -> int:
     from aasp_nb.shards import make_shards
     return print(make_shards(args.data, args.out, args.clips, args.sr)) or FINISHED
 
+def _dashboards(args):
+    "Serve a dashboard, or a folder of them, as pages on this machine; Ctrl-C ends it."
+    from aasp_nb.dashboards import serve
+    if not Path(args.path).exists(): raise UsageError(f"{args.path} does not exist: give a notebook or a folder of notebooks")
+    serve(args.path, port=args.port)
+
 def _slurm(args) -> int:
     "Print a Slurm script that runs a notebook, and again after every time limit."
     check_parameters(find_notebook(args.notebook), _given(args))
@@ -268,6 +274,10 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument("--time", default="24:00:00", help="time limit of a job")
     slurm.add_argument("--sbatch", action="append", help="a further #SBATCH line, for instance --sbatch=--gres=gpu:1")
     _data_commands(commands)
+    dashboards = commands.add_parser("dashboards", help=_dashboards.__doc__, description=_dashboards.__doc__)
+    dashboards.set_defaults(function=_dashboards)
+    dashboards.add_argument("path", nargs="?", default="nbs/dashboards", help="notebook, or a folder (nbs/dashboards)")
+    dashboards.add_argument("--port", type=int, default=8866, help="TCP port on 127.0.0.1 (8866)")
     return parser
 
 # %% ../nbs/20_cli.ipynb #ef0de551

@@ -1003,6 +1003,7 @@ def voila_command(
     home,              # folder for the template; made when missing
     port=8866,         # TCP port on 127.0.0.1
     token="",          # asked for when not empty
+    ready=True,        # keep one kernel per notebook that has run it already: pages open in about a second
 ):  # -> (list, dict): command line and environment to run it in
     "How to serve dashboards with Voila, offline, on this machine only."
     template = Path(home) / "voila" / "templates" / "aasp"
@@ -1010,7 +1011,7 @@ def voila_command(
     (template / "index.html.j2").write_text(_VOILA_TEMPLATE, encoding="utf-8")
     (template / "conf.json").write_text('{"base_template": "lab"}', encoding="utf-8")
     command = [sys.executable, "-m", "voila", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1",
-               "--template=aasp",
+               "--template=aasp", f"--preheat_kernel={ready}",
                *(f"--VoilaConfiguration.extension_allowlist={n}" for n in VOILA_EXTENSIONS), f"--token={token}",
                str(path)]
     paths = [str(home)] + ([os.environ["JUPYTER_PATH"]] if os.environ.get("JUPYTER_PATH") else [])
@@ -1022,7 +1023,7 @@ def serve(
     home="~/.aasp_nb/voila",  # folder for the template
     port=8866,              # TCP port on 127.0.0.1
 ):
-    "Replace this process by Voila serving the dashboards: `python -c 'from aasp_nb.dashboards import serve; serve()'`."
+    "Replace this process by Voila serving the dashboards: what `aasp dashboards` does."
     command, env = voila_command(path, Path(home).expanduser(), port)
     print(f"http://127.0.0.1:{port}", flush=True)
     os.execve(command[0], command, env)

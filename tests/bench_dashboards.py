@@ -1,7 +1,7 @@
 """`make bench-dashboards`: start and slider step to redraw in a real browser, median over 30 steps, and a fast drag.
 
 A start ends with the first drawing: from `Run all` in JupyterLab, where a kernel waits that has imported nothing; from
-the page's address in Voila, which starts its kernel then. A step is one press of an arrow key on a slider's handle; it ends when the last canvas that it changes is drawn (time
+the page's address in Voila, ten seconds after the server began, so that the kernel which it keeps is ready. A step is one press of an arrow key on a slider's handle; it ends when the last canvas that it changes is drawn (time
 taken inside the page). The drag makes 120 mouse moves as fast as they go and asks how long after letting go the last
 drawing came. Writes figures/bench_dashboards.csv and prints it."""
 import argparse, csv, os, platform, statistics, subprocess, sys, time
@@ -44,6 +44,12 @@ def open_dashboard(page, server):
     page.settle()
     page.page.evaluate(WATCH)
     return took
+
+
+def delayed(s, server):
+    "A page, opened when Voila has had time to make a kernel ready."
+    if server is browser.Voila: time.sleep(10)
+    return s.page(height=1500)
 
 
 def steps(page, field, key, count):
@@ -120,7 +126,7 @@ def main():
         for name in dict.fromkeys(c[0] for c in CASES if args.only in ("", c[0])):
             starts = []
             for left in reversed(range(args.starts)):
-                with server(ROOT / "nbs" / "dashboards" / f"{name}.ipynb") as s, s.page(height=1500) as page:
+                with server(ROOT / "nbs" / "dashboards" / f"{name}.ipynb") as s, delayed(s, server) as page:
                     starts.append(open_dashboard(page, server))
                     if left: continue
                     add(name, server, "(start)", "first drawing", starts, START_TARGET)
