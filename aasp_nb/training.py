@@ -33,11 +33,10 @@ from .data import (AudioDataset, CachedReader, Manifest, dataset_statistics, dec
 from .encoder import AudioViT
 from .objectives import cached_contrastive
 from .pretraining import (AaSP, AaSPConfig, ConfigError, ViewMasks, asked_queries, build_encoder, build_logmel,
-                                 coerce,
-                                 draw_masks, ema_momentum, patch_padding)
+                                 coerce, draw_masks, ema_momentum, patch_padding)
 from .processes import (PeerError, StopRequest, agree, averaged, data_parallel, from_first, gathered, rank,
-                               start_processes,
-                               stop_wanted, summed, world_size)
+                               start_processes, stop_wanted, summed, world_size)
+from .shards import file_sha256, write_text
 
 # %% ../nbs/10_training.ipynb #8f8ec534
 NO_DECAY = ("cls_token", "mask_token", "pos_embed")  # last part of a parameter's name
@@ -141,14 +140,7 @@ def write_json(
         if isinstance(x, (list, tuple)): return [clean(v) for v in x]
         if isinstance(x, float) and not math.isfinite(x): return None
         return x if isinstance(x, (str, int, float, bool, type(None))) else str(x)
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with tmp.open("w", encoding="utf-8") as f:
-            json.dump(clean(data), f, indent=1, ensure_ascii=False)
-            f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    write_text(path, json.dumps(clean(data), indent=1, ensure_ascii=False))
 
 # %% ../nbs/10_training.ipynb #9db41f08
 class RunDir:
@@ -332,10 +324,6 @@ class CheckpointError(ValueError):
 # %% ../nbs/10_training.ipynb #4c4ca843
 CHECKPOINT_FORMAT = 1
 
-# %% ../nbs/10_training.ipynb #79ddd2df
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
 # %% ../nbs/10_training.ipynb #d88b3503
 def _seal(state: dict) -> str:
     "Digest of a state without its own digest."
@@ -367,7 +355,7 @@ def save_checkpoint(
             path = tmp / f"{stem}.safetensors"
             save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, path)
             _sync(path)
-            files[path.name] = _sha256(path)
+            files[path.name] = file_sha256(path)
         state = json.loads(json.dumps({**state, "format": CHECKPOINT_FORMAT, "files": files}))
         write_json(tmp / "state.json", {**state, "sha256": _seal(state)})
         _sync(tmp); os.rename(tmp, folder); _sync(folder.parent)
@@ -401,7 +389,7 @@ def _load_file(folder: Path, name: str, digest: str) -> dict:
     path = folder / Path(name).name
     if not path.is_file() or path.suffix != ".safetensors": raise CheckpointError(f"{folder}: {name} is missing")
     try:
-        if _sha256(path) != digest: raise CheckpointError(f"{folder}: {name} is damaged (checksum differs)")
+        if file_sha256(path) != digest: raise CheckpointError(f"{folder}: {name} is damaged (checksum differs)")
         return load_file(path)
     except (SafetensorError, OSError) as e: raise CheckpointError(f"{folder}: {name} cannot be read ({e})") from e
 
@@ -1005,7 +993,7 @@ def save_encoder(
     save_file({k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}, new)
     _sync(new); os.replace(new, folder / "model.safetensors")
     write_json(folder / "config.json", config.to_dict())
-    write_json(folder / "checksums.json", {n: _sha256(folder / n) for n in ("model.safetensors", "config.json")})
+    write_json(folder / "checksums.json", {n: file_sha256(folder / n) for n in ("model.safetensors", "config.json")})
     return folder
 
 # %% ../nbs/10_training.ipynb #3152b408
@@ -1014,7 +1002,7 @@ def _compare(folder: Path):
     if not (folder / "checksums.json").exists(): return
     sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
     for name in ("model.safetensors", "config.json"):
-        if not isinstance(sums, dict) or _sha256(folder / name) != sums.get(name):
+        if not isinstance(sums, dict) or file_sha256(folder / name) != sums.get(name):
             raise CheckpointError(f"{folder}: {name} is damaged (checksum differs): export or copy it again")
 
 # %% ../nbs/10_training.ipynb #48ca8a87
