@@ -464,6 +464,7 @@ def test_read_only_run_folder(clips, mount):
     with pytest.raises(RunError, match="cannot write"): pretrain(calm(), clips, place / "other", **CALL)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 @pytest.mark.parametrize("how", ["removed", "moved"])
 def test_vanished_run_folder_is_found_at_once(clips, tmp_path, how):
     run, real, calls = tmp_path / "run", training.Learner.step, []
