@@ -276,7 +276,7 @@ def zero_phase_highpass(
         rows = F.pad(x.reshape(-1, 1, T).to(dtype), (edge, edge + -T % _BLOCK), mode="replicate")[:, 0]
         windows = rows.unfold(-1, len(matrix), _BLOCK)
         y = windows.reshape(-1, len(matrix)) @ matrix           # one product, not one per row
-        return y.view(len(rows), windows.shape[1] * _BLOCK)[:, :T].reshape(x.shape).to(x.dtype)
+        return y.view(rows.shape[0], windows.shape[1] * _BLOCK)[:, :T].reshape(x.shape).to(x.dtype)
 
 # %% ../nbs/00_audio.ipynb #81111737
 def highpass_response(

@@ -206,9 +206,10 @@ class LambdaBlock(nn.Module):
         x: torch.Tensor, # [V, n, d]
         mask: torch.Tensor | None = None, # bool [V, 1, 1, n], True for keys that may be attended to
     ) -> torch.Tensor: # [V, n, d]
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        x = x + self.attn["proj"](y)
+        V, n, d = x.shape
+        qkv = self.attn["qkv"](self.norm1(x)).reshape(V, n, 3, self.num_heads, d // self.num_heads)
+        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), attn_mask=mask)
+        x = x + self.attn["proj"](y.transpose(1, 2).reshape(V, n, d))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 # %% ../nbs/03_patch_embed.ipynb #1a030295

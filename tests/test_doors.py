@@ -121,7 +121,6 @@ def test_no_checkpoint_there(door, tmp_path):
     with pytest.raises(CheckpointError): door(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("patch_embed", ["aape", "standard"])
 def test_onnx(patch_embed, tmp_path):
     "The exported file gives the same tokens in ONNX Runtime, for other batches and lengths; torch is left as it was."
