@@ -204,7 +204,7 @@ class LogMel(nn.Module):
     def _mel(self, x):
         "Mel power of waveforms; |z|^2 without the square root that abs would take."
         z = self.spec.spectrogram(x)
-        return self.spec.mel_scale.fb.T @ z.real.square().addcmul_(z.imag, z.imag)
+        return self.spec.mel_scale(z.real.square().addcmul_(z.imag, z.imag))
 
 # %% ../nbs/00_audio.ipynb #7e45006d
 def pad_or_trim(
