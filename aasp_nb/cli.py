@@ -120,9 +120,8 @@ class _Engine(NBClientEngine):
         for name in ("input_path", "timeout", "startup_timeout"): kwargs.pop(name, None)
         client = cls.forwarder.client = PapermillNotebookClient(
             nb_man, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name,
-                                                                log_output=log_output,
-            stdout_file=stdout_file, stderr_file=stderr_file, on_cell_start=lambda **kw: cls.forwarder.deliver(),
-                                                                **kwargs)
+            log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file,
+            on_cell_start=lambda **kw: cls.forwarder.deliver(), **kwargs)
         seen = set()
         client.on_notebook_start = lambda **kw: seen.add(cls.forwarder.kernel)
         try: return client.execute()
@@ -232,7 +231,8 @@ def _shards(args) -> int:
 def _dashboards(args):
     "Serve a dashboard, or a folder of them, as pages on this machine; Ctrl-C ends it."
     from aasp_nb.dashboards import serve
-    if not Path(args.path).exists(): raise UsageError(f"{args.path} does not exist: give a notebook or a folder of notebooks")
+    if not Path(args.path).exists():
+        raise UsageError(f"{args.path} does not exist: give a notebook or a folder of notebooks")
     serve(args.path, port=args.port)
 
 def _slurm(args) -> int:

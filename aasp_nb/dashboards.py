@@ -1003,7 +1003,6 @@ def voila_command(
     home,              # folder for the template; made when missing
     port=8866,         # TCP port on 127.0.0.1
     token="",          # asked for when not empty
-    ready=True,        # keep one kernel per notebook that has run it already: pages open in about a second
 ):  # -> (list, dict): command line and environment to run it in
     "How to serve dashboards with Voila, offline, on this machine only."
     template = Path(home) / "voila" / "templates" / "aasp"
@@ -1011,7 +1010,7 @@ def voila_command(
     (template / "index.html.j2").write_text(_VOILA_TEMPLATE, encoding="utf-8")
     (template / "conf.json").write_text('{"base_template": "lab"}', encoding="utf-8")
     command = [sys.executable, "-m", "voila", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1",
-               "--template=aasp", f"--preheat_kernel={ready}",
+               "--template=aasp", "--preheat_kernel=True",
                *(f"--VoilaConfiguration.extension_allowlist={n}" for n in VOILA_EXTENSIONS), f"--token={token}",
                str(path)]
     paths = [str(home)] + ([os.environ["JUPYTER_PATH"]] if os.environ.get("JUPYTER_PATH") else [])

@@ -278,8 +278,7 @@ def histogram_scenes(
     scenes = []
     for key, edges, x in (("alpha", np.linspace(0, top, 41), axis("decay \u03b1 (1/frame)", (0, top))),
                           ("beta", np.linspace(low, high, 33), axis("frequency \u03b2 (rad/frame)", (0, np.pi),
-                                                                    second=("modulation (Hz)",
-                                                                        float(rad_to_hz(1.0)))))):
+                                                                    second=("modulation (Hz)", rad_to_hz(1.0))))):
         curves = {n: _hist(e[key][part], edges) for n, (e, *_) in sets.items()}
         where = "all frequency patches" if state["whole"] else f"frequency patch {state['band']}"
         s = Scene(x, axis("share", (0, 1.1 * max(h.max() for _, h in curves.values()))),
@@ -302,8 +301,7 @@ def kernel_scene(
     step = c.patch_size[1] / c.frame_rate
     s = Scene(axis("lag (frames of 10 ms)", (m[0], m[-1])), axis("real part", (-1.05, 1.05)),
               f"Kernels of frequency patch {state['band']}, {p * step:.2f} to {(p + 1) * step:.2f} s (darker: faster)",
-              190,
-              aria="Kernels of the patch")
+              190, aria="Kernels of the patch")
     order = np.argsort(b.numpy())
     shades = ["#9ecae1", "#6baed6", "#3182bd", "#08519c"]
     for i, k in enumerate(order):
@@ -336,20 +334,18 @@ def statistics_table(
     result,  # from `compute_patches`
 ):  # -> str: HTML
     "Spread, skew and variation over time, beside an untrained encoder and noise."
-    head = ("<tr><th>input and weights</th><th>spread of frequency (1: even)</th><th>skew of decay</th><th>median "
-            "decay (1/frame)</th>"
+    head = ("<tr><th>input and weights</th><th>spread of frequency (1: even)</th><th>skew of decay</th>"
+            "<th>median decay (1/frame)</th>"
             "<th>frequency over time (rad/frame)</th><th>decay over time (1/frame)</th></tr>")
     names = {"this": f"{result['state']['checkpoint']}, this clip",
              "this, white noise": f"{result['state']['checkpoint']}, white noise"}
     rows = "".join(f"<tr><td>{names.get(n, n)}</td><td>{s['spread']:.3f}</td><td>{s['skew']:+.2f}</td>"
                    f"<td>{s['decay_median']:.3f}</td>"
-                   f"<td>{s['frequency_over_time']:.4f}</td><td>{s['decay_over_time']:.4f}</td></tr>" for n,
-                   s in result["statistics"].items())
+                   f"<td>{s['frequency_over_time']:.4f}</td><td>{s['decay_over_time']:.4f}</td></tr>"
+                   for n, s in result["statistics"].items())
     return (f"<table class='aasp-numbers'>{head}{rows}</table><div class='aasp-note'>Negative skew: most decays are "
-            "large. 'Over time': standard "
-            "deviation over the time patches of a unit, averaged; 0 means that nothing adapts. An even spread alone "
-            "says little: the "
-            "initialisation spreads frequencies evenly.</div>")
+            "large. 'Over time': standard deviation over the time patches of a unit, averaged; 0 means that nothing "
+            "adapts. An even spread alone says little: the initialisation spreads frequencies evenly.</div>")
 
 # %% ../nbs/17b_patch_dashboard.ipynb #282ee571
 class PatchDashboard(Dashboard):

@@ -193,14 +193,13 @@ class LambdaBlock(nn.Module):
     def __init__(self,
         dim: int, # width d, divisible by num_heads
         num_heads: int, # attention heads
-        mlp_ratio: float = 4.0, # inner width of the MLP over d
     ):
         super().__init__()
-        inner, self.num_heads = int(dim * mlp_ratio), num_heads
+        self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, inner), fc2=nn.Linear(inner, dim)))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self,
         x: torch.Tensor, # [V, n, d]

@@ -217,8 +217,7 @@ def start_processes(
         stop.before = {p.pid for p in active_children()}
         for left in range(restarts, -1, -1):
             config = LaunchConfig(1, 1, count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-                                  rdzv_endpoint="127.0.0.1:0",
-                                  local_addr="127.0.0.1", max_restarts=0, start_method="spawn")
+                                  rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0, start_method="spawn")
             future = pool.submit(elastic_launch(config, _member), function, folder, os.getpid(), device, args)
             _wait(future, Path(folder), stop, tick)
             errors = sorted(Path(folder).glob("error-*"), key=os.path.getmtime)
@@ -230,5 +229,4 @@ def start_processes(
                 say(f"process {number} of {count} was lost ({how}): starting all again, {left - 1} more times after "
                     "this")
     raise ProcessError(f"process {number} of {count} was lost ({how}), the last of {restarts + 1} times: if memory is "
-                       "short, lower "
-                       "batch_size or workers; the same call goes on from the last checkpoint")
+                       "short, lower batch_size or workers; the same call goes on from the last checkpoint")
