@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_type_hints
@@ -35,7 +36,7 @@ from torch import nn
 from .audio import AudioError
 from .benchmarks import append_results, score
 from .data import (AudioDataset, FileReader, Manifest, ManifestError, dataset_statistics, eval_loader,
-                          train_loader, valid_frames)
+                          split_name, train_loader, unused_rows, valid_frames)
 from .patch_embed import init_linear
 from .pretraining import (AaSPConfig, ConfigError, Table, build_encoder, build_logmel, coerce, option,
                                  refuse_unknown, require)
@@ -295,6 +296,8 @@ def balanced_weights(
     c, power = BALANCE[formula]
     targets = np.asarray(targets)
     if targets.ndim == 1: return (1000 / (np.bincount(targets) + c))[targets] ** power
+    bare = targets.sum(1) == 0  # negatives of all classes are drawn as a class of their own
+    if bare.any(): targets = np.concatenate([targets, bare[:, None].astype(targets.dtype)], 1)
     return (targets @ (1000 / (targets.sum(0) + c))) ** power
 
 # %% ../nbs/12_finetuning.ipynb #700b0659
@@ -316,14 +319,17 @@ def split_clips(
     column = np.array(manifest.columns.get("split" if fold is None else "fold", [""] * len(manifest)), dtype=str)
     if fold is not None:
         if str(fold) not in column: raise ManifestError(f"no fold {fold!r}: there are {sorted(set(column))[:12]}")
-        parts = Parts(np.flatnonzero(column != str(fold)), np.zeros(0, int), np.flatnonzero(column == str(fold)))
+        parts = Parts(np.flatnonzero((column != str(fold)) & (column != "")), np.zeros(0, int),
+                      np.flatnonzero(column == str(fold)))
     else:
-        names = (["train"], ["valid", "val", "validation"], ["test"])
-        parts = Parts(*(np.flatnonzero(np.isin(column, n)) for n in names))
+        column = np.array([split_name(s) for s in column], dtype=str)
+        parts = Parts(*(np.flatnonzero(column == n) for n in ("train", "valid", "test")))
         if not len(parts.train) or not len(parts.test):
             folds = sorted(set(manifest.columns.get("fold", ())))[:12]
             hint = f"; give a fold, there are {folds}" if folds else ""
             raise ManifestError(f"column split needs 'train' and 'test', it has {sorted(set(column))[:12]}{hint}")
+    left = np.setdiff1d(np.arange(len(column)), np.concatenate([parts.train, parts.valid, parts.test]))
+    unused_rows("split" if fold is None else "fold", column[left], len(column))
     return parts if len(parts.valid) or not validation else _hold_out_groups(manifest, parts, validation, seed)
 
 # %% ../nbs/12_finetuning.ipynb #acfe176f
@@ -366,6 +372,9 @@ def longest_frames(
     for i in range(n) if n <= limit else np.linspace(0, n - 1, limit).round().astype(int):
         try: longest = max(longest, valid_frames(reader.samples(int(i)), hop_length))
         except AudioError: continue
+    if longest > most + patch_frames:
+        warnings.warn(f"the longest clip has {longest} frames: clips are cut to their first {most}; pass frames= for "
+                      "more, or make them segments (columns start and end)", stacklevel=3)
     return min(-(-longest // patch_frames), most // patch_frames) * patch_frames
 
 # %% ../nbs/12_finetuning.ipynb #4390abfe
@@ -633,6 +642,10 @@ def prepare_task(
     classes = list(classes or manifest.classes())
     targets = manifest.targets(classes, multi=config.multi_label)
     parts = split_clips(manifest, fold, config.validation, config.seed)
+    for name, rows in (("train", parts.train), ("valid", parts.valid), ("test", parts.test)):
+        if targets.ndim == 2 and len(rows) and not targets[rows].any():
+            raise ManifestError(f"none of the {len(rows)} {name} clips has a label of the {len(classes)} classes: its "
+                                "mAP is undefined; correct the labels, the split or classes=")
     if config.selection == "validation" and not len(parts.valid):
         raise ConfigError("selection 'validation' needs validation clips: name a 'valid' split, or set validation=0.1")
     reader = prepare_data(front_config(e, e.n_frames), manifest, cache).reader

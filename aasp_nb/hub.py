@@ -160,6 +160,9 @@ def embed(self: AaSPEncoder,
     for name, value, known in (("scene", scene, SCENES), ("frames", frames, FRAMES)):
         if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
     several = isinstance(audio, (list, tuple)) or getattr(audio, "ndim", 1) == 2
+    if several and not isinstance(audio, (list, tuple)) and audio.shape[1] <= 32 < audio.shape[0]:
+        raise AudioError(f"a batch is [B, S], got {tuple(audio.shape)}, one clip of {audio.shape[1]} channels: "
+                         "average them first, audio.mean(1); pass very short clips as a list")
     waves = [as_wave(a, sr, self.sample_rate) for a in (audio if several else [audio])]
     size = self.config.grid[1] if window_seconds is None else max(1, round(window_seconds / self.hop_seconds))
     out = self._pooled(waves, size, frames, batch_size)

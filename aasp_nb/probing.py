@@ -9,9 +9,10 @@ __all__ = ['POOLINGS', 'MODULATION_EDGES', 'BASELINES', 'PROBE_PRESETS', 'FEATUR
            'encoder_fingerprint', 'data_fingerprint', 'cached', 'ProbeData', 'probe_data', 'ProbeConfig',
            'probe_preset', 'probe_deviations', 'probe_runs', 'linear_probe', 'bootstrap_interval', 'ProbeResult',
            'paired_difference', 'probe_summary', 'probe_table', 'ProbeModel', 'open_model', 'input_statistics',
-           'model_features', 'run_probe', 'save_probe', 'Lines']
+           'longer_clips', 'model_features', 'run_probe', 'save_probe', 'Lines']
 
 # %% ../nbs/13_probing.ipynb #967cb4ee
+import contextlib
 import hashlib
 import json
 import math
@@ -31,7 +32,8 @@ from torch import nn
 
 from .audio import AudioError, modulation_frequencies, standardize
 from .benchmarks import append_results, mean_average_precision, score
-from .data import AudioDataset, BrokenClips, FileReader, Manifest, aasp_home, dataset_statistics, valid_frames
+from .data import (AudioDataset, BrokenClips, FileReader, Manifest, aasp_home, dataset_statistics, split_name,
+                          unused_rows, valid_frames)
 from .finetuning import RULES
 from .pretraining import AaSPConfig, build_encoder, build_logmel
 from .training import RunError, environment, load_encoder, pick_device, write_json
@@ -349,6 +351,7 @@ def probe_data(
     features: np.ndarray,  # [N, D], one row per clip; rows of nan belong to clips that could not be read
     use: str = "auto",  # "split", "folds", or "auto": the split if it has "train" and "test", the folds otherwise
     classes: list | None = None,  # class names in the order of the outputs; None: those that occur
+    multi: bool | None = None,  # several labels a clip? None: whether a `;` occurs
 ) -> ProbeData:  # without the clips that could not be read
     "Features beside the labels, splits and groups of a manifest."
     good = np.isfinite(features).all(1)
@@ -357,10 +360,10 @@ def probe_data(
     column = lambda name: m.columns[name] if name in m and any(m.columns[name]) else None
     split, fold = column("split"), column("fold")
     if use not in ("auto", "split", "folds"): raise ProbeError(f"use must be auto, split or folds, got {use!r}")
-    if use == "auto": use = "split" if {"train", "test"} <= set(split or ()) else "folds"
-    if use == "folds" and len(set(fold or ())) < 2:
+    if use == "auto": use = "split" if {"train", "test"} <= set(map(split_name, split or ())) else "folds"
+    if use == "folds" and len(set(fold or ()) - {""}) < 2:
         raise ProbeError(f"no folds and no train and test split: split has {sorted(set(split or ()))[:5]}")
-    return ProbeData(features[good], m.targets(classes), classes, split=split if use == "split" else None,
+    return ProbeData(features[good], m.targets(classes, multi), classes, split=split if use == "split" else None,
                      fold=fold if use == "folds" else None, group=column("group"))
 
 # %% ../nbs/13_probing.ipynb #4d7d759a
@@ -458,15 +461,22 @@ def _splits(data, folds=None):
     n = len(data.features)
     if data.fold is not None and len(set(data.fold)) > 1:
         fold = np.asarray([str(f) for f in data.fold])
-        names = sorted(set(fold), key=lambda s: (len(s), s)) if folds is None else [str(f) for f in folds]
+        names = sorted(set(fold) - {""}, key=lambda s: (len(s), s)) if folds is None else [str(f) for f in folds]
         unknown = sorted(set(names) - set(fold))
         if unknown: raise ProbeError(f"folds {unknown} do not occur; there are {sorted(set(fold))}")
-        return [(f, np.flatnonzero(fold != f), np.array([], int), np.flatnonzero(fold == f)) for f in names]
+        unused_rows("fold", fold[fold == ""], n)
+        return [(f, np.flatnonzero((fold != f) & (fold != "")), np.array([], int), np.flatnonzero(fold == f))
+                for f in names]
     if data.split is None: raise ProbeError("the data have neither folds nor a split: name one in the manifest")
-    split = np.asarray(data.split)
-    parts = [np.flatnonzero(np.isin(split, s)) for s in (["train"], ["valid", "val", "validation"], ["test"])]
+    split = np.asarray([split_name(s) for s in data.split])
+    parts = [np.flatnonzero(split == s) for s in ("train", "valid", "test")]
     if not len(parts[0]) or not len(parts[2]):
         raise ProbeError(f"the split column needs 'train' and 'test', found {sorted(set(split.tolist()))}")
+    unused_rows("split", split[np.setdiff1d(np.arange(n), np.concatenate(parts))], n)
+    for name, rows in zip(("train", "valid", "test"), parts):
+        if data.labels.ndim == 2 and len(rows) and not data.labels[rows].any():
+            raise ProbeError(f"none of the {len(rows)} {name} clips has a label of {len(data.classes)} classes: its "
+                             "mAP is undefined; correct the labels, the split or classes=")
     return [("", *parts)]
 
 # %% ../nbs/13_probing.ipynb #b2ea5269
@@ -779,6 +789,24 @@ def input_statistics(
         return np.array([dataset_statistics(data, build_logmel(config), limit)])
     return tuple(float(v) for v in cached(cache, key, measure)[0])
 
+# %% ../nbs/13_probing.ipynb #84abaf60
+def longer_clips(
+    manifest: Manifest,  # clips
+    sr: int,  # Hz
+    seconds: float,  # that are read of a clip
+    hint: str,  # what to do
+    limit: int = 500,  # headers looked at, spread evenly
+):
+    "Say in one line that clips are longer than what is read of them; silent where none is."
+    reader, n, lengths = FileReader(manifest, sr), len(manifest), []
+    look = np.unique(np.linspace(0, n - 1, min(n, limit)).round().astype(int))
+    for i in look:
+        with contextlib.suppress(AudioError): lengths.append(reader.samples(int(i)) / sr)
+    long = sum(s > seconds + 0.1 for s in lengths)
+    if not long: return
+    warnings.warn(f"{long} of {len(look)} clips looked at are longer than {seconds:g} s (up to {max(lengths):.1f} s): "
+                  f"only their beginning is heard; {hint}", stacklevel=3)
+
 # %% ../nbs/13_probing.ipynb #c804fbe3
 def model_features(
     model: ProbeModel,  # encoder or baseline
@@ -800,6 +828,7 @@ def model_features(
     if long not in ("interpolate", "windows"): raise ProbeError(f"long must be interpolate or windows, got {long!r}")
     c = model.config
     seconds = max_seconds if frames is None else frames * c.hop_length / c.sample_rate
+    longer_clips(manifest, c.sample_rate, seconds, "raise max_seconds" if frames is None else "raise frames")
     settings = dict(frames=frames, max_seconds=None if frames else max_seconds)
     if model.encoder is not None:
         measured = normalization == "dataset" or normalization == "auto" and model.kind == "untrained"
@@ -828,6 +857,7 @@ def run_probe(
     cache: str | Path | None = "auto",  # folder; "auto": AASP_HOME/cache/features; None: no cache
     device: str = "auto",  # "auto", "cpu", "cuda"
     classes: list | None = None,  # class names in order; None: those that occur
+    multi: bool | None = None,  # several labels a clip? None: whether a `;` occurs
     progress=None,  # function(name) -> function(done, total)
     model_options: dict | None = None,  # further arguments of `open_model`
     features: dict | None = None,  # further arguments of `model_features`
@@ -839,7 +869,7 @@ def run_probe(
     manifest, say = Manifest.open(data), progress or (lambda name: None)
     cache = aasp_home("cache", "features") if cache == "auto" else cache
     x, settings = model_features(model, manifest, cache=cache, device=device, progress=say("clips"), **(features or {}))
-    result = linear_probe(probe_data(manifest, x, use, classes), config, folds, device, say("steps"))
+    result = linear_probe(probe_data(manifest, x, use, classes, multi), config, folds, device, say("steps"))
     settings = {**settings, **probe_deviations(config, preset), **({"folds": list(folds)} if folds else {})}
     record = dict(dataset=dataset or manifest.root.name, task="linear_probe", protocol=_protocol_name(config, preset),
                   model=model.name, checkpoint=model.fingerprint, scale=model.scale, settings=settings,

@@ -15,7 +15,7 @@ import numpy as np
 import soundfile as sf
 
 from .audio import AudioError, load_audio
-from .data import AUDIO_SUFFIXES, Manifest, ManifestError, ahead, inside, room
+from .data import AUDIO_SUFFIXES, Manifest, ManifestError, ahead, as_text, inside, printable, room
 
 # %% ../nbs/09a_shards.ipynb #b9a953fc
 def _whole(
@@ -38,8 +38,7 @@ def _row(
     try: meta = json.loads(text) if text else {}
     except ValueError as e: raise ManifestError(f"{tar}: the JSON beside {name!r} cannot be read ({e})") from e
     if not isinstance(meta, dict): raise ManifestError(f"{tar}: the JSON beside {name!r} is no object of columns")
-    plain = lambda v: ";".join(map(str, v)) if isinstance(v, list) else "" if v is None else str(v)
-    row = {str(k): plain(v) for k, v in meta.items() if not isinstance(v, dict)}
+    row = {str(k): as_text(v) for k, v in meta.items() if not isinstance(v, dict)}
     return {**row, "path": inside(tar.parent, row.get("path") or name)}
 
 # %% ../nbs/09a_shards.ipynb #34870947
@@ -48,22 +47,26 @@ def read_tar(
 ) -> list:  # of dict: the columns of each clip and "shard", its place
     "The clips of a tar; raises `ManifestError` for a truncated or damaged tar and for members out of place."
     path, rows, meta, end = Path(path), [], {}, 0
-    key = lambda name: os.path.join(os.path.dirname(name), os.path.basename(name).split(".")[0])
+    stem = lambda name: os.path.splitext(name)[0]
+    short = lambda name: os.path.join(os.path.dirname(name), os.path.basename(name).split(".")[0])
+    beside = lambda name: meta.get(stem(name), meta.get(short(name)))  # 1.0.json for 1.0.wav; 1.json for 1.left.wav
     try:
         with tarfile.open(path, "r:") as tar:
             for m in tar:
                 inside(path.parent, m.name) if m.name != "." else None
+                if printable(m.name) != m.name:
+                    raise ManifestError(f"{path}: the name {printable(m.name)} is not UTF-8: make the tar anew")
                 if m.isdir(): continue
                 if not m.isreg() or m.issparse():
                     raise ManifestError(f"{path}: {m.name!r} is a link or a device, refused")
                 end = m.offset_data + -(-m.size // 512) * 512
-                if m.name.endswith(".json"): meta[key(m.name)] = tar.extractfile(m).read()
+                if m.name.endswith(".json"): meta[stem(m.name)] = tar.extractfile(m).read()
                 elif m.name.lower().endswith(AUDIO_SUFFIXES):
                     rows.append((m.name, f"{path.name}@{m.offset_data}:{m.size}"))
         _whole(path, end)
     except (tarfile.TarError, EOFError, OSError) as e:
         raise ManifestError(f"{path}: truncated or damaged tar ({e}): copy or make it again") from e
-    return [{**_row(path, name, meta.get(key(name))), "shard": where} for name, where in rows]
+    return [{**_row(path, name, beside(name)), "shard": where} for name, where in rows]
 
 # %% ../nbs/09a_shards.ipynb #4f1372ac
 def write_text(
