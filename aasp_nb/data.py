@@ -321,7 +321,7 @@ def _layout(
         if len(known) > 1 and deeper:
             other = sorted(t for t, (kind, _) in names.items() if not kind)
             raise ManifestError(f"folders {sorted(set(names) - set(other))[:4]} are a split, {other[:4]} beside them "
-                                "are not: move them away, name them train, valid, test or fold1, or write a manifest.csv")
+                                "are not: move them away, name them train, valid, test, fold1, or write manifest.csv")
         if len(names) > 1: break
     last = {_kind(p[-1]) for p in parts}
     kinds = {kind for kind, _ in last}
