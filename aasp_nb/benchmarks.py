@@ -34,7 +34,7 @@ import pooch
 import requests
 from fastcore.basics import patch
 from .audio import AudioError, audio_info
-from .data import AUDIO_SUFFIXES, Manifest, ManifestError, aasp_home, ahead, inside, room
+from .data import AUDIO_SUFFIXES, Manifest, ManifestError, aasp_home, ahead, inside, room, split_name
 from .training import git_revision, write_json
 from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, precision_recall_fscore_support
 
@@ -275,7 +275,7 @@ def read_cremad(root: Path, split_list: Path | None = None) -> tuple:
     if lacking:
         raise BenchmarkError(f"{file} lacks the columns {sorted(lacking)}: it is not EVAR's split list of CREMA-D")
     rows = [dict(path=f"AudioWAV/{Path(r['file_name']).name}", label=r["label"],
-                 split={"val": "valid", "validation": "valid"}.get(r["split"], r["split"]), fold="",
+                 split=split_name(r["split"]), fold="",
                  group=r["speaker_id"])
             for r in table]
     return top, rows, sorted({r["label"] for r in rows})
@@ -390,14 +390,15 @@ def _once(
     "Keep each clip once, where it is evaluated; one in two splits or folds is warned about, with two labels refused."
     first, rank, torn, again = {}, {"test": 2, "valid": 1}, [], 0
     for r in rows:
-        have = first.setdefault(r["path"], r)
+        key = r["path"], r.get("start"), r.get("end")
+        have = first.setdefault(key, r)
         if have is r: continue
         again += 1
         if have["label"] != r["label"]:
             raise BenchmarkError(f"{bench.title}: {r['path']!r} stands twice "
                                  f"with labels {have['label']!r}, {r['label']!r}")
         if (have["split"], have["fold"]) != (r["split"], r["fold"]): torn.append(r["path"])
-        if rank.get(r["split"], 0) > rank.get(have["split"], 0): first[r["path"]] = r
+        if rank.get(r["split"], 0) > rank.get(have["split"], 0): first[key] = r
     if not again: return rows, []
     says = f"{again} clips are listed twice"
     if torn: says += f", {len(torn)} of them in several splits or folds, as {torn[0]}"
@@ -455,8 +456,9 @@ def load_benchmark(
 def _own_form(data):
     "Top folder, rows and classes of a benchmark in manifest form, in files or in shards."
     m = Manifest.open(data)
-    names = ("path", "label", "split", "fold", "group") + (("shard",) if "shard" in m else ())
+    names = ("path", "label", "split", "fold", "group", *(c for c in ("start", "end", "shard") if c in m))
     rows = [dict(zip(names, r)) for r in zip(*(m.columns.get(n, [""] * len(m)) for n in names))]
+    for r in rows: r["split"] = split_name(r["split"])
     return m.root, rows, m.classes()
 
 # %% ../nbs/11_benchmarks.ipynb #0ee0af34

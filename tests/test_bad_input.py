@@ -23,9 +23,12 @@ import aasp_nb.training as training
 from aasp_nb.audio import AudioError, LogMel, load_audio
 from aasp_nb.clips import generate_clip, write_clips
 from aasp_nb.data import AudioDataset, FileReader, Manifest, ManifestError, decode_once, train_loader
-from aasp_nb.pretraining import AaSPConfig, ConfigError
+from aasp_nb.finetuning import FinetuneConfig, balanced_weights, prepare_task, split_clips
+from aasp_nb.hub import AaSPEncoder
+from aasp_nb.pretraining import AaSPConfig, ConfigError, build_encoder
+from aasp_nb.probing import longer_clips
 from aasp_nb.processes import ProcessError, start_processes
-from aasp_nb.shards import read_tar
+from aasp_nb.shards import make_shards, read_tar
 from aasp_nb.training import CheckpointError, RunDir, RunError, TrainingError, load_checkpoint, load_encoder, pretrain, step_folders
 
 FIELDS = dict(embed_dim=32, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=8, lambda_dim=16, views=2, predictor_dim=32,
@@ -292,6 +295,126 @@ def test_row_unknown_column(tmp_path):
     m = Manifest.open(write(tmp_path, "path,split\na.wav,train\n"))
     with refused(ManifestError, "'fold'", "split"): m.select(fold=1)
     with refused(ManifestError, "test", "train"): m.select(split="test")
+
+
+def test_row_unlabelled_negatives(tmp_path):
+    m = Manifest("/d", {"path": ["a", "b", "c"], "label": ["x;y", "", "x"]})
+    with refused(ManifestError, "no label", "classes=", "multi_label=True"): m.classes()
+    with refused(ManifestError, "no label", "negatives"): m.targets(["x", "y"], multi=False)
+    targets = m.targets(["x", "y"], multi=True)
+    assert targets.tolist() == [[1, 1], [0, 0], [1, 0]] and (balanced_weights(targets) > 0).all()
+
+
+def test_row_part_without_positive(wav, tmp_path):
+    for name in "abc": wav(f"{name}.wav")
+    m = Manifest(wav("a.wav").parent, {"path": ["a.wav", "b.wav", "c.wav"], "label": ["x", "", "x"],
+                                       "split": ["train", "valid", "test"]})
+    with refused(ManifestError, "none of the 1 valid clips", "classes="):
+        prepare_task(FinetuneConfig.preset("as20k", frames=None), config(), m, classes=["x", "y"], cache=False)
+
+
+def test_row_names_not_utf8(wav, tmp_path):
+    folder = wav("good.wav").parent
+    (folder / os.fsdecode(b"b\xe9.wav")).write_bytes((folder / "good.wav").read_bytes())
+    with pytest.warns(UserWarning, match=r"1 files whose names are not UTF-8 are left out, as b\\xe9.wav"):
+        m = Manifest.from_folder(folder)
+    assert m.columns["path"] == ["good.wav"]
+    with refused(ManifestError, r"b\xe9.wav", "not UTF-8"): Manifest(folder, {"path": [os.fsdecode(b"b\xe9.wav")]})
+
+
+def test_row_two_forms_of_letters(wav, tmp_path):
+    folder, one, two = wav("x.wav").parent, "caf\u00e9", "cafe\u0301"
+    for name in (one, two): (folder / name).mkdir(), shutil.copy(folder / "x.wav", folder / name / "1.wav")
+    (folder / "x.wav").unlink()
+    assert Manifest.from_folder(folder).classes() == [one]
+    shutil.rmtree(folder / two)
+    (folder / "m.csv").write_text(f"path,label\n{two}/1.wav,{two}\n", encoding="utf-8")
+    m = Manifest.open(folder / "m.csv")
+    assert m.classes() == [one] and m.file(0).is_file() and len(m.select(label=two)) == 1
+
+
+def tree(tmp_path, *names):
+    for n in names:
+        (tmp_path / n).parent.mkdir(parents=True, exist_ok=True)
+        sf.write(tmp_path / n, np.zeros(1600), 16000)
+    return tmp_path
+
+
+def test_row_split_folders(tmp_path):
+    with pytest.warns(UserWarning, match="taken as the split, not as labels"):
+        m = Manifest.open(tree(tmp_path / "a", "train/dog/1.wav", "train/cat/1.wav", "dev/dog/2.wav", "test/dog/3.wav"))
+    assert m.classes() == ["cat", "dog"] and m.values("split") == ["test", "train", "valid"]
+    assert m.select(split="valid").columns["path"] == ["dev/dog/2.wav"]
+    with pytest.warns(UserWarning, match="taken as the fold"):
+        m = Manifest.open(tree(tmp_path / "b", "fold1/dog/1.wav", "fold10/dog/2.wav"))
+    assert m.classes() == ["dog"] and m.columns["fold"] == ["1", "10"]
+
+
+def test_row_foreign_folder(tmp_path):
+    with refused(ManifestError, "['noise']", "move them away"):
+        Manifest.open(tree(tmp_path, "train/dog/1.wav", "test/dog/1.wav", "noise/dog/1.wav"))
+
+
+def test_row_unused_split(tmp_path):
+    m = Manifest("/d", {"path": list("abcd"), "split": ["train", "dev", "test", "extra"]})
+    with pytest.warns(UserWarning, match="1 of 4 clips are used in no part: split 'extra' 1"): parts = split_clips(m)
+    assert [v.tolist() for v in (parts.train, parts.valid, parts.test)] == [[0], [1], [2]]
+
+
+def test_row_segments(tmp_path):
+    sf.write(tmp_path / "a.wav", np.repeat([0.1, 0.2, 0.3], 1600), 16000, "FLOAT")
+    m = Manifest.open(write(tmp_path, "path,label,start,end\na.wav,x,0,0.1\na.wav,y,0.1,0.2\na.wav,z,0.2,\n"))
+    for reader in (FileReader(m), decode_once(m, folder=tmp_path / "cache")):
+        for i, value in enumerate((0.1, 0.2, 0.3)):
+            x = reader.read(i)
+            assert len(x) == reader.samples(i) == 1600 and (x - value).abs().max() < 1e-3
+    shards = make_shards(m, tmp_path / "shards", progress=lambda line: None)
+    assert [round(FileReader(shards).read(i)[5].item(), 3) for i in range(3)] == [0.1, 0.2, 0.3]
+    assert len({m.stamp(i) for i in range(3)}) == 3
+
+
+def test_row_bad_segments(tmp_path):
+    for a, b in (("2", "1"), ("x", ""), ("-1", "1"), ("nan", "2")):
+        with refused(ManifestError, "row 1", "a.wav", "seconds"): Manifest("/d", {"path": ["a.wav"], "start": [a], "end": [b]})
+    m = Manifest(tree(tmp_path, "a.wav"), {"path": ["a.wav"], "start": [30], "end": [40]})
+    with refused(AudioError, "a.wav", "behind its end at 0.10 s"): FileReader(m).read(0)
+
+
+def test_row_other_root(tmp_path):
+    tree(tmp_path / "audio", "a.wav")
+    table = write(tmp_path, "path,label\na.wav,x\n")
+    with pytest.warns(UserWarning, match="no clip of .*m.csv is below .*give root="): Manifest.open(table)
+    assert Manifest.open(table, tmp_path / "audio").file(0).is_file()
+    with refused(ManifestError, "no folder at root"): Manifest.open(table, tmp_path / "none")
+    with refused(ManifestError, "root=", "CSV"): Manifest.open(tmp_path / "audio", tmp_path)
+
+
+def test_row_numbers_as_labels(tmp_path):
+    m = Manifest("/d", {"path": list("abcd"), "label": [0, 1.0, np.int64(2), "1"], "fold": [1, None, float("nan"), "2"]})
+    assert m.columns["label"] == ["0", "1", "2", "1"] and m.columns["fold"] == ["1", "", "", "2"]
+    assert m.targets().tolist() == [0, 1, 2, 1] and len(m.select(label=1)) == 2
+
+
+def test_row_dotted_tar_members(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as out:
+        for k in range(3):
+            for end, data in (("json", b'{"label": "%d"}' % k), ("wav", b"x")):
+                info = tarfile.TarInfo(f"blues.{k:05d}.{end}")
+                info.size = len(data)
+                out.addfile(info, io.BytesIO(data))
+    assert [r["label"] for r in read_tar(tmp_path / "a.tar")] == ["0", "1", "2"]
+
+
+def test_row_stereo_batch():
+    model = AaSPEncoder(build_encoder(config()), config())
+    with refused(AudioError, "(4000, 2)", "audio.mean(1)"): model.embed(np.zeros((4000, 2), np.float32), 16000)
+
+
+def test_row_cut_clips(tmp_path):
+    m = Manifest.open(tree(tmp_path, "a.wav", "b.wav"))
+    sf.write(tmp_path / "a.wav", np.zeros(8000), 16000)
+    with pytest.warns(UserWarning, match="1 of 2 clips .* longer than 0.3 s.*raise max_seconds"):
+        longer_clips(m, 16000, 0.3, "raise max_seconds")
 
 
 def test_row_damaged_cache(wav, tmp_path):
