@@ -484,6 +484,15 @@ def values(
     "What occurs in a column."
     return sorted(set(self.columns[name]))
 
+# %% ../nbs/09_data.ipynb #14bb3f5b
+@patch
+def groups(
+    self: Manifest,
+) -> "list | None":  # one name per clip; None where nothing says it
+    "What a split must not tear apart: column `group`; of segments without one, the file they lie in."
+    if "group" in self and any(self.columns["group"]): return self.columns["group"]
+    return self.columns["path"] if {"start", "end"} & set(self.columns) else None
+
 # %% ../nbs/09_data.ipynb #50469040
 @patch
 def classes(

@@ -335,7 +335,7 @@ def split_clips(
 # %% ../nbs/12_finetuning.ipynb #acfe176f
 def _hold_out_groups(manifest, parts, share, seed):
     "Parts with a share of the training groups moved to validation."
-    group = manifest.columns.get("group") or [""] * len(manifest)
+    group = manifest.groups() or [""] * len(manifest)
     group = np.array([g or f"clip {i}" for i, g in enumerate(group)])[parts.train]
     if len(set(group)) < 2: raise ManifestError("validation needs two groups of training clips: set validation=0")
     train, held = next(GroupShuffleSplit(1, test_size=share, random_state=seed).split(group, groups=group))

@@ -364,7 +364,7 @@ def probe_data(
     if use == "folds" and len(set(fold or ()) - {""}) < 2:
         raise ProbeError(f"no folds and no train and test split: split has {sorted(set(split or ()))[:5]}")
     return ProbeData(features[good], m.targets(classes, multi), classes, split=split if use == "split" else None,
-                     fold=fold if use == "folds" else None, group=column("group"))
+                     fold=fold if use == "folds" else None, group=m.groups())
 
 # %% ../nbs/13_probing.ipynb #4d7d759a
 @dataclass(frozen=True)

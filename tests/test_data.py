@@ -149,3 +149,19 @@ def test_real_audio_gives_full_crops(real_data):
     manifest = Manifest.open(found[0] if found else real_data)
     batch = next(iter(train_loader(AudioDataset(manifest, 2.0, fill_crops=True), 8)))
     assert batch["wave"].isfinite().all() and (batch["valid_samples"] == 32000).all()
+
+
+def test_segments_of_a_file_stay_on_one_side(tmp_path):
+    from aasp_nb.finetuning import split_clips
+    from aasp_nb.probing import probe_data
+    n = 24
+    m = Manifest(tmp_path, {"path": [f"{i // 4}.wav" for i in range(n)], "start": [i % 4 for i in range(n)],
+                            "end": [i % 4 + 1 for i in range(n)], "label": ["a", "b"] * (n // 2),
+                            "split": ["train"] * 20 + ["test"] * 4})
+    for seed in range(5):
+        parts = split_clips(m, validation=0.3, seed=seed)
+        files = lambda rows: {m.columns["path"][i] for i in rows}
+        assert files(parts.train) and files(parts.valid) and not files(parts.train) & files(parts.valid)
+    assert probe_data(m, np.zeros((n, 2), np.float32)).group == m.columns["path"]
+    fold = m.with_folds(3).columns["fold"]
+    assert all(len({fold[i] for i in range(n) if m.columns["path"][i] == p}) == 1 for p in m.values("path"))
