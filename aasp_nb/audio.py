@@ -151,20 +151,22 @@ def _mpeg_true(raw, name):
     data = _peek(raw, start, 16384)
     at = _mpeg_next(data, 0)
     if at is None: data, at = _peek(raw, start), _mpeg_next(_peek(raw, start), 0)
-    if at is None: return None
+    if at is None: raise AudioError(f"{name}: no two MPEG frames follow each other; convert it to flac or leave it out")
     head = int.from_bytes(data[at:at + 4], "big")
     if head >> 17 & 3 != 1: return b"", 0, _mpeg_count(_peek(raw, start), at) * (384 if head >> 17 & 3 == 3 else 1152)
     tag, first = at + 4 + _mpeg_side(head), at + _mpeg_bytes(head)
-    stated = int.from_bytes(data[tag + 8:tag + 12], "big") if data[tag:tag + 4] in (b"Xing", b"Info") else None
-    flags = data[tag + 7] if stated is not None else 0
+    flags = int.from_bytes(data[tag + 4:tag + 8], "big") if data[tag:tag + 4] in (b"Xing", b"Info") else None
     end = size - (128 if _peek(raw, size - 128, 3) == b"TAG" else 0)
-    if flags & 3 == 3 and int.from_bytes(data[tag + 12:tag + 16], "big") == end - start - at: return None
-    if stated is None and data[at + 36:at + 40] != b"VBRI": first = at
-    data = _peek(raw, start)
-    count = _mpeg_count(data, first)
-    if flags & 1 and stated > count:
+    if (flags or 0) & 3 == 3 and int.from_bytes(data[tag + 12:tag + 16], "big") == end - start - at: return None
+    if flags is None and data[at + 36:at + 40] != b"VBRI": first = at
+    data, stated = _peek(raw, start), int.from_bytes(data[tag + 8:tag + 12], "big")
+    first = _mpeg_next(data, first, head & _KIND)
+    count = 0 if first is None else _mpeg_count(data, first)
+    if not count: raise AudioError(f"{name}: holds no audio frames; copy it again or leave it out")
+    if not flags or not flags & 1:
+        return _xing(int.from_bytes(data[first:first + 4], "big"), count), start + first, None
+    if stated > count:
         raise AudioError(f"{name}: truncated, {count} of {stated} mp3 frames are there; copy it again or leave it out")
-    if not flags & 1: return _xing(int.from_bytes(data[first:first + 4], "big"), count), start + first, None
     size = (end - start - at).to_bytes(4, "big") if flags & 2 else b""
     return data[at:tag + 8] + count.to_bytes(4, "big") + size, start + tag + 12 + len(size), None
 
