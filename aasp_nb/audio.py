@@ -278,9 +278,20 @@ def _cut(f, source, name):
     log = f.extra_info
     sizes = re.findall(r"^\s*(?:data|SSND|BODY|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", log, re.M)
     sizes += [(a, b) for b, a in re.findall(r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)", log)]
-    stated = _look(source, name, _nist_frames) if f.format == "NIST" else None
-    if stated: sizes.append((stated[1], f.frames))
+    counts = re.findall(r"'COMM' chunk \((\d+)\) not equal", log)
+    if f.format == "NIST" and (found := _look(source, name, _nist_frames)): counts.append(found[1])
+    sizes += [(stated, f.frames) for stated in counts]
     return any(int(have) < int(stated) < 0x7FFFF000 for stated, have in sizes)
+
+def _less(f):
+    "True when a header states less sound than lies behind it: much is left where reading the chunks ended."
+    if f.format not in ("WAV", "WAVEX", "AIFF", "AU", "CAF"): return False
+    def number(pattern): return int(found[1]) if (found := re.search(pattern, f.extra_info, re.M)) else 0
+    length, data = number(r"^Length\s*: (\d+)"), number(r"^\s*(?:data|SSND|Data Size)\s*: (\d+)")
+    if f.format == "AU": end = number(r"Data Offset\s*: (\d+)") + data
+    elif f.format == "CAF": end = sum(int(n) for n in re.findall(r"^[a-z]{4} : (\d+)$", f.extra_info, re.M))
+    else: end = number(r"Unknown chunk marker .*at position (\d+)\. Exiting")
+    return data > 0 < end and length - end > max(4096, data if f.format == "CAF" else data // 100)
 
 # %% ../nbs/00_audio.ipynb #a6a822de
 def _ogg_wrong(f, name, tail=65536):
@@ -386,6 +397,7 @@ def load_audio(
         start, count = _span(frames, f.samplerate, offset, duration, name)
         source = path if hasattr(path, "read") else str(path)
         wrong = _cut(f, source, name) and "truncated, its end is missing; copy it again or leave it out"
+        wrong = wrong or _less(f) and "its header states less sound than the file holds; write it again or leave it out"
         wrong = wrong or f.format == "OGG" and _look(source, name, _ogg_wrong)
         if wrong: raise AudioError(f"{name}: {wrong}")
         data, rate = _decode(f, name, start, count), f.samplerate
