@@ -157,7 +157,6 @@ def _mpeg_true(raw, name):
     tag, first = at + 4 + _mpeg_side(head), at + _mpeg_bytes(head)
     flags = int.from_bytes(data[tag + 4:tag + 8], "big") if data[tag:tag + 4] in (b"Xing", b"Info") else None
     end = size - (128 if _peek(raw, size - 128, 3) == b"TAG" else 0)
-    if (flags or 0) & 3 == 3 and int.from_bytes(data[tag + 12:tag + 16], "big") == end - start - at: return None
     if flags is None and data[at + 36:at + 40] != b"VBRI": first = at
     data, stated = _peek(raw, start), int.from_bytes(data[tag + 8:tag + 12], "big")
     first = _mpeg_next(data, first, head & _KIND)
@@ -167,6 +166,7 @@ def _mpeg_true(raw, name):
         return _xing(int.from_bytes(data[first:first + 4], "big"), count), start + first, None
     if stated > count:
         raise AudioError(f"{name}: truncated, {count} of {stated} mp3 frames are there; copy it again or leave it out")
+    if stated == count: return None
     size = (end - start - at).to_bytes(4, "big") if flags & 2 else b""
     return data[at:tag + 8] + count.to_bytes(4, "big") + size, start + tag + 12 + len(size), None
 
@@ -338,7 +338,7 @@ def _decode(f, name, start, count):
     try:
         if start: f.seek(start - lead)
         data = f.read(lead + count, dtype="float32", always_2d=True)[lead:]
-    except (sf.SoundFileError, RuntimeError, OSError) as e:
+    except (sf.SoundFileError, RuntimeError, OSError, ValueError) as e:
         raise AudioError(f"{name}: damaged while decoding ({e}); copy it again or leave it out") from e
     if len(data) < count:
         raise AudioError(f"{name}: truncated, {len(data)} of {count} frames could be decoded; "
