@@ -19,7 +19,7 @@ KINDS = {  # name -> (ending, ffmpeg's options, most channels)
     "wav": ("wav", [], 8), "wav from a pipe": ("wav", ["PIPE"], 8), "wav of floats": ("wav", ["-c:a", "pcm_f32le"], 4),
     "wav of 24 bits": ("wav", ["-c:a", "pcm_s24le"], 4), "mu-law": ("wav", ["-c:a", "pcm_mulaw"], 2), "adpcm": ("wav", ["-c:a", "adpcm_ms"], 2),
     "rf64": ("wav", ["-rf64", "always"], 4), "au": ("au", [], 4), "au from a pipe": ("au", ["PIPE"], 4), "aiff": ("aiff", [], 4),
-    "w64": ("w64", [], 4), "caf": ("caf", [], 4), "vorbis": ("ogg", ["-c:a", "libvorbis"], 4), "opus": ("opus", ["-b:a", "48k", "-ar", "48000"], 2),
+    "w64": ("w64", [], 4), "caf": ("caf", [], 4), "vorbis": ("ogg", ["-c:a", "libvorbis"], 2), "opus": ("opus", ["-b:a", "48k", "-ar", "48000"], 2),
     "flac in ogg": ("oga", ["-c:a", "flac", "-sample_fmt", "s16"], 2)}
 
 
