@@ -285,13 +285,13 @@ def _cut(f, source, name):
 
 def _less(f):
     "True when a header states less sound than lies behind it: much is left where reading the chunks ended."
-    if f.format not in ("WAV", "WAVEX", "AIFF", "AU", "CAF"): return False
+    if f.format not in ("AU", "CAF") and "Exiting parser" not in f.extra_info: return False
     def number(pattern): return int(found[1]) if (found := re.search(pattern, f.extra_info, re.M)) else 0
     length, data = number(r"^Length\s*: (\d+)"), number(r"^\s*(?:data|SSND|Data Size)\s*: (\d+)")
     if f.format == "AU": end = number(r"Data Offset\s*: (\d+)") + data
     elif f.format == "CAF": end = sum(int(n) for n in re.findall(r"^[a-z]{4} : (\d+)$", f.extra_info, re.M))
-    else: end = number(r"Unknown chunk marker .*at position (\d+)\. Exiting")
-    return data > 0 < end and length - end > max(4096, data if f.format == "CAF" else data // 100)
+    else: end = number(r"Unknown chunk marker .*at position (\d+)")
+    return data > 0 < end and length - end > max(1024, data if f.format == "CAF" else data // 100)
 
 # %% ../nbs/00_audio.ipynb #a6a822de
 def _ogg_wrong(f, name, tail=65536):

@@ -74,11 +74,13 @@ def lie(rng, name, data):
     return data, what
 
 
-def agrees(x, ref, name, false):
-    "The same samples. ffmpeg goes on to the end of a block that an ogg's last page cuts, and of a frame that is cut off."
-    more = 2048 if name == "vorbis" else 1152 if name.startswith("mp") and false else 0
-    if not len(x) <= len(ref) <= len(x) + more: return False
-    return float(np.abs(x.numpy() - ref[:len(x)]).max(initial=0)) < (1e-2 if name.startswith("mp") else 1e-3)
+def agrees(x, ref, name, cut):
+    "The same samples. ffmpeg counts a vorbis' last block otherwise, decodes a frame that is cut off, and is inexact in mp3 at 24 kHz."
+    more, x = 2048 if name == "vorbis" else 1152 if name.startswith("mp") and cut else 0, x.numpy()
+    if abs(len(ref) - len(x)) > more: return False
+    n = min(len(x), len(ref))
+    if name.startswith("mp"): return np.square(x[:n] - ref[:n]).sum() <= 0.01 * np.square(ref[:n]).sum() + 1e-6
+    return float(np.abs(x[:n] - ref[:n]).max(initial=0)) < 1e-3
 
 
 def one(rng, folder):
@@ -86,12 +88,13 @@ def one(rng, folder):
     made = make(rng, folder)
     if made is None: return "not made"
     name, path, channels = made
+    kind, ref = name, reference(path, name, channels)
     false = rng.random() < 0.5
     if false:
         data, what = lie(rng, name, path.read_bytes())
         path.write_bytes(data)
         name += f", false {what}"
-    ref = reference(path, name.split(",")[0], channels)
+        if what == "cut": ref = reference(path, kind, channels)  # else what the good file holds
     try:
         info = audio_info(path)
         c = rng.randrange(channels)
@@ -101,13 +104,12 @@ def one(rng, folder):
         assert false or name == "flac in ogg", f"a good file was refused: {name}: {e}"
         return "refused"
     assert len(x) == info["frames"], name
-    if not len(ref): return "not read by ffmpeg"
     at, n = rng.uniform(0, 0.8) * info["seconds"], rng.uniform(0.02, 0.2)
     if len(x) < 100: at = 0.0
     start = round(at * info["sample_rate"])
     part = load_audio(path, info["sample_rate"], offset=at, duration=n, channel=c)
     assert (part - x[start:start + len(part)]).abs().max() < 1e-3, f"{name}: another part at {at}"
-    assert agrees(x, ref[:, c], name.split(",")[0], false), f"{name}: {len(x)} samples of {info}, ffmpeg has {len(ref)}"
+    assert agrees(x, ref[:, c], kind, "cut" in name), f"{name}: {len(x)} samples of {info}, ffmpeg has {len(ref)}"
     return "equal"
 
 
