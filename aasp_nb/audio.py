@@ -283,15 +283,29 @@ def _cut(f, source, name):
     sizes += [(stated, f.frames) for stated in counts]
     return any(int(have) < int(stated) < 0x7FFFF000 for stated, have in sizes)
 
-def _less(f):
-    "True when a header states less sound than lies behind it: much is left where reading the chunks ended."
-    if f.format not in ("AU", "CAF") and "Exiting parser" not in f.extra_info: return False
+def _riff(raw, name):
+    "Bytes of a wav's data, and bytes behind the last chunk that is one."
+    size, at, data = raw.seek(0, os.SEEK_END), 12, 0
+    while at + 8 <= size:
+        head = _peek(raw, at, 8)
+        n = int.from_bytes(head[4:], "little")
+        if not all(32 <= c < 127 for c in head[:4]) or at + 8 + n > size: break
+        if head[:4] == b"data": data = n
+        at += 8 + n + n % 2
+    return data, size - at
+
+def _less(f, source, name):
+    "True when a header states less sound than lies behind it: over 1% of it, and 1 KiB, is left over."
     def number(pattern): return int(found[1]) if (found := re.search(pattern, f.extra_info, re.M)) else 0
-    length, data = number(r"^Length\s*: (\d+)"), number(r"^\s*(?:data|SSND|Data Size)\s*: (\d+)")
-    if f.format == "AU": end = number(r"Data Offset\s*: (\d+)") + data
-    elif f.format == "CAF": end = sum(int(n) for n in re.findall(r"^[a-z]{4} : (\d+)$", f.extra_info, re.M))
-    else: end = number(r"Unknown chunk marker .*at position (\d+)")
-    return data > 0 < end and length - end > max(1024, data if f.format == "CAF" else data // 100)
+    if f.format in ("WAV", "WAVEX"): data, rest = _look(source, name, _riff)
+    elif f.format == "AU":
+        data = number(r"Data Size\s*: (\d+)")
+        rest = number(r"^Length : (\d+)") - number(r"Data Offset\s*: (\d+)") - data
+    elif f.format == "CAF":
+        data = number(r"^data : (\d+)")
+        rest = number(r"^Length : (\d+)") - sum(int(n) for n in re.findall(r"^[a-z]{4} : (\d+)$", f.extra_info, re.M))
+    else: return False
+    return data > 0 and rest > max(1024, data if f.format == "CAF" else data // 100)      # CAF: chunks of other names
 
 # %% ../nbs/00_audio.ipynb #a6a822de
 def _ogg_wrong(f, name, tail=65536):
@@ -397,7 +411,7 @@ def load_audio(
         start, count = _span(frames, f.samplerate, offset, duration, name)
         source = path if hasattr(path, "read") else str(path)
         wrong = _cut(f, source, name) and "truncated, its end is missing; copy it again or leave it out"
-        wrong = wrong or _less(f) and "its header states less sound than the file holds; write it again or leave it out"
+        if _less(f, source, name): wrong = wrong or "its header states less sound than the file holds; write it again"
         wrong = wrong or f.format == "OGG" and _look(source, name, _ogg_wrong)
         if wrong: raise AudioError(f"{name}: {wrong}")
         data, rate = _decode(f, name, start, count), f.samplerate
