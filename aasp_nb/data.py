@@ -21,7 +21,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from .audio import AudioError, audio_info, load_audio
+from .audio import AudioError, audio_info, check_channel, load_audio
 
 # %% ../nbs/09_data.ipynb #d48e2593
 def aasp_home(
@@ -34,7 +34,11 @@ def aasp_home(
 class ManifestError(ValueError):
     "A manifest that cannot be used as it is; the message says which row or column and what to do."
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf",
+                  ".wave", ".oga", ".mp2", ".aifc", ".snd", ".sph", ".rf64")
+_NOT_DECODED = (".m4a", ".m4b", ".m4v", ".mp4", ".aac", ".alac", ".wma", ".webm", ".weba", ".mka", ".mkv", ".mov", ".avi",
+                ".3gp", ".amr", ".ac3", ".ape", ".wv", ".tta", ".mpc", ".dsf", ".dff", ".ra", ".rm", ".mid", ".shn",
+                ".spx", ".voc", ".raw", ".pcm", ".gsm") # sound: counted as left out, not passed over
 
 # %% ../nbs/09_data.ipynb #af2ea86a
 def inside(
@@ -343,6 +347,28 @@ def _by_layout(
                   stacklevel=4)
     return columns | {"label": label, what: value}
 
+# %% ../nbs/09_data.ipynb #4b7d20e8
+def _find_audio(
+    root: Path,  # folder
+    suffixes: tuple,  # endings that count as audio, lower case
+) -> list:  # paths of the audio files, relative to `root`, as `os.walk` finds them
+    "Audio below a folder; sound of other endings and linked folders are counted in one warning."
+    found, other, linked = [], Counter(), []
+    for folder, subs, files in os.walk(root, followlinks=False):
+        linked += [os.path.join(folder, s) for s in subs if os.path.islink(os.path.join(folder, s))]
+        subs[:] = sorted(s for s in subs if not s.startswith("."))
+        for f in files:
+            end = os.path.splitext(f)[1].lower()
+            if f.startswith("."): continue
+            if f.lower().endswith(tuple(suffixes)): found.append(os.path.relpath(os.path.join(folder, f), root))
+            elif end in _NOT_DECODED + AUDIO_SUFFIXES: other[end] += 1
+    if not (found or other or linked): raise ManifestError(f"no audio below {root}: looked for {', '.join(suffixes)}")
+    text = [f"{n} {end} files (convert them, to flac for instance)" for end, n in sorted(other.items())]
+    if linked: text.append(f"{len(linked)} linked folders, as {linked[0]} (give their own path, or copy them)")
+    if not found: raise ManifestError(f"no audio that can be read below {root}: there are {', '.join(text)}")
+    if text: warnings.warn(f"left out below {root}: {', '.join(text)}", stacklevel=4)
+    return found
+
 # %% ../nbs/09_data.ipynb #3c5b29fa
 @patch(cls_method=True)
 def from_folder(
@@ -353,11 +379,7 @@ def from_folder(
     "Audio files below a folder, sorted, without hidden ones; folders train, valid, test, fold1... are no labels."
     root = Path(root).expanduser()
     if not root.is_dir(): raise ManifestError(f"no folder at {root}")
-    found = []
-    for folder, subs, files in os.walk(root, followlinks=False):
-        subs[:] = sorted(s for s in subs if not s.startswith("."))
-        found += [os.path.relpath(os.path.join(folder, f), root) for f in files
-                  if f.lower().endswith(tuple(suffixes)) and not f.startswith(".")]
+    found = _find_audio(root, suffixes)
     odd = [f for f in found if not f.isascii() and printable(f) != f]
     if odd: found = sorted(set(found) - set(odd))
     if odd:
@@ -554,7 +576,8 @@ class FileReader:
     def __init__(self,
         manifest: Manifest,  # the clips
         sr: int = 16000,  # working sample rate, Hz
-    ): self.manifest, self.sr = manifest, sr
+        channel: int | str = "mean",  # of several channels: their "mean", a number from 0, or the "loudest" of a crop
+    ): self.manifest, self.sr, self.channel = manifest, sr, check_channel(channel)
 
     def __len__(self): return len(self.manifest)
 
@@ -586,7 +609,7 @@ class FileReader:
             start, count = first + start, left if count is None else min(count, left)
             if not count: return torch.zeros(0)
         duration = None if count is None else count / self.sr
-        wave = load_audio(self.manifest.file(i), sr=self.sr, offset=start / self.sr, duration=duration)
+        wave = load_audio(self.manifest.file(i), self.sr, start / self.sr, duration, self.channel)
         return torch.as_tensor(wave, dtype=torch.float32)[:count]
 
 # %% ../nbs/09_data.ipynb #8c314cc2
@@ -626,9 +649,10 @@ class CachedReader:
 def _digest(
     manifest: Manifest,  # the clips
     sr: int,  # Hz
+    channel: int | str = "mean",  # of `FileReader`
 ) -> str:  # 16 hexadecimal digits
-    "Names a cache: changes with any path, file size, modification time, or the rate."
-    h = hashlib.sha256(f"1 {sr} {manifest.root}".encode())
+    "Names a cache: changes with any path, file size, modification time, the rate, the channel, or the decoder (2)."
+    h = hashlib.sha256(f"2 {sr} {channel} {manifest.root}".encode())
     for i, p in enumerate(manifest.columns["path"]): h.update(f"\n{p} {manifest.stamp(i)}".encode())
     return h.hexdigest()[:16]
 
@@ -681,18 +705,19 @@ def decode_once(
     sr: int = 16000,  # working sample rate, Hz
     folder: str | Path = None,  # where caches lie (default `AASP_HOME/cache/decoded`)
     workers: int = 2,  # threads that decode
+    channel: int | str = "mean",  # of several channels: their "mean", a number from 0, or the "loudest" of a clip
 ) -> CachedReader:  # reads from the cache
     "Decode every clip once into a memory-mapped file; a cache that is there already is used as it is."
     from concurrent.futures import ThreadPoolExecutor
     parent = Path(folder or aasp_home("cache", "decoded"))
-    final = parent / _digest(manifest, sr)
+    final = parent / _digest(manifest, sr, check_channel(channel))
     if final.is_dir():
         try: return CachedReader(final)
         except ManifestError as e: warnings.warn(f"{e}: decoding again"); shutil.rmtree(final)
     parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=".decoding-", dir=parent))
     try:
-        reader = FileReader(manifest, sr)
+        reader = FileReader(manifest, sr, channel)
         with room(parent, "free space, set AASP_HOME to a larger disk, or pass cache=False"), \
              ThreadPoolExecutor(max(1, workers)) as pool, \
              contextlib.closing(ahead(pool, lambda i: _decode(reader, i), range(len(manifest)))) as clips:
@@ -804,12 +829,13 @@ class AudioDataset(Dataset):
         labels: "np.ndarray | None" = None,  # one target per clip, e.g. `manifest.targets()`; None: no labels
         max_broken: float = None,  # share or number of broken clips allowed (default 0.05 in training, else 0)
         reader=None,  # where samples come from (default `FileReader`); e.g. `decode_once(manifest)`
+        channel: int | str = "mean",  # of several channels, for the default reader: "mean", a number, or "loudest"
     ):
         self.manifest = Manifest.open(manifest)
         if seconds <= 0: raise ValueError(f"seconds must be positive, got {seconds}")
         if not len(self.manifest): raise ManifestError("the manifest has no clips")
         self.sr, self.count, self.train, self.seed = sr, round(seconds * sr), train, seed
-        self.fill, self.labels, self.reader = fill_crops, labels, reader or FileReader(self.manifest, sr)
+        self.fill, self.labels, self.reader = fill_crops, labels, reader or FileReader(self.manifest, sr, channel)
         if labels is not None and len(labels) != len(self): raise ValueError(f"{len(labels)} labels, {len(self)} clips")
         if len(self.reader) != len(self): raise ValueError(f"reader has {len(self.reader)} clips, manifest {len(self)}")
         self.broken = BrokenClips(len(self), (0.05 if train else 0) if max_broken is None else max_broken)
@@ -1041,6 +1067,23 @@ def valid_frames(
     "Number of frames of a centred spectrogram that are not padding."
     return -(-valid_samples // hop_length)
 
+# %% ../nbs/09_data.ipynb #91f0c6ab
+_FAR = 10.0 # nats of mean log-mel: a factor 150 in amplitude
+
+def _name_far(
+    level: np.ndarray,  # [clips] mean log-mel of each, nats
+    which: np.ndarray,  # [clips] their numbers
+    manifest: Manifest,  # of the clips
+):
+    "Warn, in one line, of clips whose level lies far from the others': silent, or not at full scale 1."
+    off = np.abs(level - np.median(level))
+    if not (off > _FAR).any(): return
+    k = int(off.argmax())
+    warnings.warn(f"{(off > _FAR).sum()} of {len(level)} measured clips lie far from the others in level and move the "
+                  f"statistics: are they silent, or not at full scale 1? The farthest, with a mean log-mel of "
+                  f"{level[k]:.1f} (median {np.median(level):.1f}), is {manifest.columns['path'][int(which[k])]}",
+                  stacklevel=4)
+
 # %% ../nbs/09_data.ipynb #b64835eb
 @torch.no_grad()
 def dataset_statistics(
@@ -1054,13 +1097,16 @@ def dataset_statistics(
     n = len(dataset)
     index = range(n) if limit is None or n <= limit else np.linspace(0, n - 1, limit).round().astype(int)
     index = [(int(i), 0) for i in index]
-    count, total, squares = 0, 0.0, 0.0
+    count, total, squares, level, which = 0, 0.0, 0.0, [], []
     for batch in Loader(dataset, [index[s:s + batch_size] for s in range(0, len(index), batch_size)], workers):
         x = logmel(batch["wave"]).double()
         keep = torch.arange(x.shape[-1]) < valid_frames(batch["valid_samples"], logmel.hop_length)[:, None]
+        level += [v[:, k].mean().item() if k.any() else 0.0 for v, k in zip(x, keep)]
+        which += batch["index"].tolist()
         x = x.transpose(1, 2)[keep]
         count, total, squares = count + x.numel(), total + x.sum().item(), squares + (x * x).sum().item()
     if not count: raise AudioError("no valid frame in the data")
+    _name_far(np.array(level), np.array(which), dataset.manifest)
     mean = total / count
     return mean, math.sqrt(max(squares / count - mean * mean, 0.0))
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import aasp_nb.training as training
 from aasp_nb.audio import AudioError, LogMel, load_audio
 from aasp_nb.clips import generate_clip, write_clips
-from aasp_nb.data import AudioDataset, FileReader, Manifest, ManifestError, decode_once, train_loader
+from aasp_nb.data import AudioDataset, FileReader, Manifest, ManifestError, dataset_statistics, decode_once, train_loader
 from aasp_nb.finetuning import FinetuneConfig, balanced_weights, prepare_task, split_clips
 from aasp_nb.hub import AaSPEncoder
 from aasp_nb.pretraining import AaSPConfig, ConfigError, build_encoder
@@ -147,6 +147,77 @@ def test_row_truncated_wav(wav):
     skipped(path, "bad.wav", "truncated", "copy it again")
 
 
+def test_row_odd_rate(wav):
+    assert len(load_audio(wav(sr=16001))) == 8000 and len(load_audio(wav(sr=44101))) == 8000
+
+
+def test_row_cancelling_channels(wav):
+    path = wav("two.wav")
+    x, sr = sf.read(path)
+    sf.write(path, np.stack([x, -x], 1), sr)
+    with pytest.warns(UserWarning, match="two.wav.*loudest"): load_audio(path)
+    assert np.allclose(load_audio(path, channel="loudest"), x, atol=1e-4)
+
+
+def test_row_no_such_channel(wav):
+    with refused(AudioError, "a.wav", "has 1 channel", "channel 1"): load_audio(wav(), channel=1)
+    with refused(AudioError, "channel must be", "'left'"): FileReader(Manifest.from_folder(wav().parent), channel="left")
+
+
+def test_row_mp3_without_length(wav):
+    path = wav("a.mp3", seconds=2.0, bitrate_mode="VARIABLE", compression_level=0.3)
+    data, want = path.read_bytes(), load_audio(path)
+    at = max(data.find(b"Xing"), data.find(b"Info"))
+    assert at > 0
+    path.write_bytes(data[:at] + b"\0\0\0\0" + data[at + 4:])     # the frame stays, as one of silence
+    got = load_audio(path)
+    assert 0 < len(got) - len(want) < 3 * 1152 and (got[576 + 1105:][:len(want)] - want)[600:-1200].abs().max() < 1e-3
+
+
+def test_row_flac_without_length(wav):
+    path = wav("a.flac")
+    data, want = bytearray(path.read_bytes()), load_audio(path)
+    for total in (0, 1, 7000):
+        data[22:26] = total.to_bytes(4, "big")
+        path.write_bytes(data)
+        assert torch.equal(load_audio(path), want)
+
+
+def test_row_understated_length(wav):
+    path = wav("bad.wav")
+    data = bytearray(path.read_bytes())
+    data[40:44] = (1000).to_bytes(4, "little")
+    path.write_bytes(data)
+    skipped(path, "bad.wav", "less sound than the file holds", "write it again")
+
+
+def test_row_chained_ogg(wav):
+    path = wav("bad.ogg")
+    path.write_bytes(path.read_bytes() * 2)
+    skipped(path, "bad.ogg", "several streams", "convert")
+
+
+def test_row_not_full_scale(wav):
+    path = wav("bad.wav")
+    x, sr = sf.read(path, dtype="int16")
+    sf.write(path, x.astype(np.float32), sr, subtype="FLOAT")
+    skipped(path, "bad.wav", "full scale is 1", "divide")
+
+
+def test_row_far_level(tmp_path):
+    for i in range(5):
+        x = np.random.default_rng(i).uniform(-0.5, 0.5, 8000)
+        sf.write(tmp_path / f"{i}.wav", x / (32768 if i == 3 else 1), 16000, subtype="FLOAT")
+    with pytest.warns(UserWarning, match=r"1 of 5 .*full scale.*3\.wav"): dataset_statistics(AudioDataset(tmp_path, 0.5, train=False), LogMel())
+
+
+@pytest.mark.parametrize("kind", ["AIFF", "AU", "W64", "RF64", "NIST"])
+def test_row_truncated_others(wav, kind):
+    path = wav("bad.snd", format=kind)
+    path.write_bytes(path.read_bytes()[:-2000])
+    skipped(path, "bad.snd", "truncated", "again")
+
+
 def test_row_truncated_flac(wav):
     path = wav("bad.flac")
     path.write_bytes(path.read_bytes()[:-2000])
@@ -228,6 +299,14 @@ def test_row_no_data(tmp_path):
 def test_row_folder_without_audio(tmp_path):
     (tmp_path / "readme.txt").write_text("x")
     with refused(ManifestError, "no audio below", ".wav"): Manifest.open(tmp_path)
+
+
+def test_row_other_endings(wav, tmp_path):
+    (wav().parent / "b.m4a").write_bytes(b"x")
+    (wav().parent / "far").symlink_to(tmp_path)
+    with pytest.warns(UserWarning, match="left out.*1 .m4a files.*1 linked folders"): assert len(Manifest.open(wav().parent)) == 1
+    wav().unlink()
+    with refused(ManifestError, "no audio that can be read", "1 .m4a files"): Manifest.open(tmp_path / "d")
 
 
 def test_row_empty_manifest(tmp_path):
