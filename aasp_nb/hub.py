@@ -75,9 +75,10 @@ def as_wave(
     audio,  # float array or tensor [S], full scale +-1, or the path of a file
     sr: int | None,  # its sample rate, Hz; None only for a file
     sample_rate: int = 16000,  # of the result, Hz
+    channel: int | str = "mean",  # of a file with several: see `load_audio`
 ) -> torch.Tensor:  # [S] float32
     "One mono clip at the model's rate. Raises `AudioError`."
-    if isinstance(audio, (str, Path)): return load_audio(audio, sample_rate)
+    if isinstance(audio, (str, Path)): return load_audio(audio, sample_rate, channel=channel)
     if sr is None: raise AudioError("sr is needed: the sample rate of the audio in Hz, as embed(audio, sr=44100)")
     wave = torch.as_tensor(audio)
     if wave.ndim != 1: raise AudioError(f"a clip must be [S], got {tuple(wave.shape)}: average the channels first")
@@ -163,7 +164,7 @@ def embed(self: AaSPEncoder,
     if several and not isinstance(audio, (list, tuple)) and audio.shape[1] <= 32 < audio.shape[0]:
         raise AudioError(f"a batch is [B, S], got {tuple(audio.shape)}, one clip of {audio.shape[1]} channels: "
                          "average them first, audio.mean(1); pass very short clips as a list")
-    waves = [as_wave(a, sr, self.sample_rate) for a in (audio if several else [audio])]
+    waves = [as_wave(a, sr, self.sample_rate, self.config.channel) for a in (audio if several else [audio])]
     size = self.config.grid[1] if window_seconds is None else max(1, round(window_seconds / self.hop_seconds))
     out = self._pooled(waves, size, frames, batch_size)
     out = [p.result(scene, self.hop_seconds) for p in out]

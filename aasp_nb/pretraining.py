@@ -10,6 +10,7 @@ __all__ = ['PRESETS', 'ConfigError', 'option', 'AudioFields', 'ModelFields', 'Ke
 
 # %% ../nbs/08_pretraining.ipynb #2497e81f
 import ast
+import contextlib
 import copy
 import difflib
 import math
@@ -23,7 +24,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/08_pretraining.ipynb #f6d13450
-from .audio import LogMel
+from .audio import AudioError, LogMel, check_channel
 from .encoder import AudioViT
 from .masking import inverse_block_mask, num_visible, sample_queries, visible_indices
 from .objectives import (ContrastiveHead, LOSS_SCALES, contrastive_loss, contrastive_surrogate, logmel_targets,
@@ -49,6 +50,7 @@ def option(
 class AudioFields:
     "Waveform to standardised log-mel spectrogram."
     sample_rate: int = option(16000, "text", "Hz; audio of another rate is resampled")
+    channel: int | str = option("mean", "chosen", "of several channels: mean, a number from 0, or loudest")
     n_fft: int = option(1024, "text", "FFT length, samples")
     win_length: int = option(400, "text", "Hann window, samples, at most n_fft")
     hop_length: int = option(160, "text", "samples between frames; 160 at 16 kHz is 100 frames per second")
@@ -183,8 +185,10 @@ def _coerce_tuple(value, args):
 def _coerce(value, kind):
     "`value` as an instance of the annotation `kind`, else ValueError."
     if get_origin(kind) is UnionType:
-        rest, = (a for a in get_args(kind) if a is not type(None))
-        return None if _literal(value) is None else _coerce(value, rest)
+        if type(None) in get_args(kind) and _literal(value) is None: return None
+        for one in (a for a in get_args(kind) if a is not type(None)):
+            with contextlib.suppress(ValueError): return _coerce(value, one)
+        raise ValueError
     if get_origin(kind) is tuple: return _coerce_tuple(value, get_args(kind))
     if get_origin(kind) is Literal:
         if value in get_args(kind): return value
@@ -225,6 +229,8 @@ def require(
 def _check_audio(c):
     hop, duration = c.hop_length/c.sample_rate, c.n_frames*c.hop_length/c.sample_rate
     f, t = c.patch_size
+    try: check_channel(c.channel)
+    except AudioError as e: raise ConfigError(str(e)) from None
     require(
         (c.win_length <= c.n_fft, f"win_length {c.win_length} is longer than n_fft {c.n_fft}: raise n_fft"),
         (0 <= c.f_min < c.f_max, f"f_min {c.f_min} must lie in [0, f_max {c.f_max})"),

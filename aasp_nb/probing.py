@@ -782,10 +782,10 @@ def input_statistics(
     "Mean and deviation over training clips; over all clips where the split column names no training clips."
     train = "split" in manifest and "train" in manifest.columns["split"]
     m = manifest.select(split="train") if train else manifest
-    audio = {k: v for k, v in config.to_dict().items() if k in AaSPConfig.names()[:8]}
+    audio = {k: v for k, v in config.to_dict().items() if k in AaSPConfig.names()[:9]}
     key = dict(what="statistics", data=data_fingerprint(m), audio=audio, seconds=seconds, limit=limit)
     def measure():
-        data = AudioDataset(m, seconds, config.sample_rate, train=False, max_broken=len(m))
+        data = AudioDataset(m, seconds, config.sample_rate, train=False, max_broken=len(m), channel=config.channel)
         return np.array([dataset_statistics(data, build_logmel(config), limit)])
     return tuple(float(v) for v in cached(cache, key, measure)[0])
 
@@ -837,7 +837,7 @@ def model_features(
         settings.update(long=long, normalization=whose, norm=[round(v, 4) for v in norm])
         if pooling != "cls_mean": settings["pooling"] = pooling
     def compute():
-        clips = WholeClips(manifest, c.sample_rate, seconds, max_broken)
+        clips = WholeClips(manifest, c.sample_rate, seconds, max_broken, FileReader(manifest, c.sample_rate, c.channel))
         if model.encoder is None: return extract_baseline(model.kind, c, clips, num_workers=workers, progress=progress)
         window = c.grid[1] if long == "windows" else None
         return extract_features(model.encoder, c, clips, frames, norm, window, pooling, device=device,

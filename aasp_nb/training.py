@@ -39,13 +39,14 @@ from .processes import (PeerError, StopRequest, agree, averaged, data_parallel, 
 from .shards import file_sha256, write_text
 
 # %% ../nbs/10_training.ipynb #8f8ec534
-NO_DECAY = ("cls_token", "mask_token", "pos_embed")  # last part of a parameter's name
+NO_DECAY = ("cls_token", "mask_token", "pos_embed",  # last part of a parameter's name
+            "decay", "freq")  # of the SBLU whose parameters are fixed: rates, not weights; the adaptive one's are biases
 
 def param_groups(
     model: nn.Module,  # parameters that require a gradient are taken
     weight_decay: float = 0.05,  # of matrices and kernels [text]
 ) -> list:  # two groups for AdamW, with and without decay; each has `names`
-    "Split parameters by weight decay: none on biases, norms and other vectors, and on `NO_DECAY`."
+    "Split parameters by weight decay: none on biases, norms and other vectors, on SBLU's own rates and on tokens."
     decay, plain = [], []
     for name, p in model.named_parameters():
         if not p.requires_grad: continue
@@ -1081,16 +1082,16 @@ def prepare_data(
     if cache == "auto":
         told = describe(manifest, config.sample_rate, 200)
         cache = told["hours"] * 7200 * config.sample_rate < 2**32 and told["longest_seconds"] < 1200
-    if cache: reader = decode_once(manifest, config.sample_rate, workers=os.cpu_count())
+    if cache: reader = decode_once(manifest, config.sample_rate, workers=os.cpu_count(), channel=config.channel)
     return AudioDataset(manifest, config.crop_seconds, config.sample_rate, seed=config.seed,
-                        fill_crops=config.fill_crops, reader=reader)
+                        fill_crops=config.fill_crops, reader=reader, channel=config.channel)
 
 # %% ../nbs/10_training.ipynb #9964f99e
 def describe_data(dataset: AudioDataset) -> dict:
     "What identifies a run's data: number and list of clips."
     m = dataset.manifest
-    return dict(root=str(m.root), clips=len(m),
-                digest=hashlib.sha256("\n".join(m.columns["path"]).encode()).hexdigest()[:16])
+    rows = [p if m.segment(i) == (0.0, None) else f"{p} {m.segment(i)}" for i, p in enumerate(m.columns["path"])]
+    return dict(root=str(m.root), clips=len(m), digest=hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16])
 
 # %% ../nbs/10_training.ipynb #66b8875f
 def prepare_run(
