@@ -11,7 +11,6 @@ __all__ = ['BENCHMARKS', 'RESULT_COLUMNS', 'READERS', 'SOURCES', 'BenchmarkError
 # %% ../nbs/11_benchmarks.ipynb #5a4ab9a1
 import csv
 import difflib
-import fcntl
 import gzip
 import json
 import os
@@ -34,7 +33,8 @@ import pooch
 import requests
 from fastcore.basics import patch
 from .audio import AudioError, audio_info
-from .data import AUDIO_SUFFIXES, Manifest, ManifestError, aasp_home, ahead, inside, room, split_name
+from .data import (AUDIO_SUFFIXES, Manifest, ManifestError, aasp_home, ahead, inside, lock_file, room,
+                          split_name)
 from .training import git_revision, write_json
 from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, precision_recall_fscore_support
 
@@ -170,7 +170,7 @@ def append_results(
     unknown = sorted({k for r in full for k in r} - set(RESULT_COLUMNS))
     if unknown: raise BenchmarkError(f"unknown result columns {unknown}; known: {', '.join(RESULT_COLUMNS)}")
     with open(path, "a+", newline="", encoding="utf8") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+        lock_file(f)
         f.seek(0)
         header = next(csv.reader(f), None)
         if header is not None and tuple(header) != RESULT_COLUMNS:

@@ -29,17 +29,21 @@ def sample_blocks(
     mask_ratio:float=0.8,                       # share of patches that are masked, in (0, 1)
     block_sizes:tuple=((4, 6), (5, 5), (3, 8)), # candidate blocks, (frequency, time) in patches
     generator:torch.Generator|None=None,        # CPU generator; None uses torch's global one
+    placement:str="inside",                     # "inside": whole blocks; "center": centres anywhere, cut at the edge
 ) -> tuple: # shape index [V], corners [V, K, 2], active [V, K] bool, sizes [S, 2]: int64 unless noted
     "Draw a block size per view and its blocks' top-left corners; a block beyond `active` is not used."
+    if placement not in ("inside", "center"):
+        raise ValueError(f"placement must be 'inside' or 'center', got {placement!r}")
     sizes = torch.tensor(block_sizes, dtype=torch.int64)
     if sizes.ndim != 2 or sizes.shape[1] != 2 or (sizes < 1).any():
         raise ValueError(f"block_sizes must be pairs of positive (frequency, time) patches, got {block_sizes}")
     sizes = torch.minimum(sizes, torch.tensor(grid))
     counts = [max(1, int(grid[0]*grid[1]*(1-mask_ratio+0.07)/area)) for area in sizes.prod(1).tolist()]
     shape = torch.randint(len(sizes), (n_views,), generator=generator)
-    room = torch.tensor(grid) - sizes[shape] + 1  # places along each axis, [V, 2]
+    whole = placement == "inside"
+    room = torch.tensor(grid) - sizes[shape] + 1 if whole else torch.tensor(grid).expand(n_views, 2)  # places [V, 2]
     unit = torch.rand(n_views, max(counts), 2, generator=generator, dtype=torch.float64)
-    corners = (unit*room[:, None]).long()
+    corners = (unit*room[:, None]).long() - (0 if whole else sizes[shape][:, None]//2)
     active = torch.arange(max(counts)) < torch.tensor(counts)[shape][:, None]
     return shape, corners, active, sizes
 
@@ -61,12 +65,13 @@ def inverse_block_mask(
     batch:int=1,                                # clips, B
     block_sizes:tuple=((4, 6), (5, 5), (3, 8)), # candidate blocks, (frequency, time) in patches
     generator:torch.Generator|None=None,        # CPU generator; None uses torch's global one
+    placement:str="inside",                     # "inside": whole blocks; "center": centres anywhere, cut at the edge
 ) -> torch.Tensor: # bool [B, M, N_f*N_t] on the CPU, True where masked
     "Inverse block masks with exactly `num_visible` visible patches in every view (section IV-B)."
     if views < 1: raise ValueError(f"views must be at least 1, got {views}")
     n_patches = grid[0]*grid[1]
     keep = num_visible(n_patches, mask_ratio)
-    union = _union(*sample_blocks(batch*views, grid, mask_ratio, block_sizes, generator), grid)
+    union = _union(*sample_blocks(batch*views, grid, mask_ratio, block_sizes, generator, placement), grid)
     score = torch.rand(batch*views, n_patches, generator=generator) + union
     mask = torch.ones(batch*views, n_patches, dtype=torch.bool)
     mask.scatter_(1, score.topk(keep, dim=1, sorted=False).indices, False)

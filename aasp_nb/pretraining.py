@@ -107,6 +107,7 @@ class MaskFields:
     views: int = option(16, "chosen", "masked views M per clip")
     block_sizes: tuple[tuple[int, int], ...] = option(((4, 6), (5, 5), (3, 8)), "chosen",
                                                           "kept blocks, (frequency, time) in patches")
+    block_placement: Literal["inside", "center"] = option("inside", "chosen", "blocks inside the grid, or cut (EAT)")
     predictor: Literal["cross-attention", "cnn"] = option("cross-attention", "text", "predictor (Table VIII)")
     predictor_dim: int = option(512, "text", "width of the cross-attention predictor, a multiple of 4 and of its heads")
     predictor_depth: int = option(3, "text", "cross-attention blocks")
@@ -519,7 +520,8 @@ def draw_masks(
 ) -> ViewMasks: # on the CPU
     "Masks, visible patches and queries of a batch; may run ahead of the step, in a loader."
     c = config
-    mask = inverse_block_mask(grid or c.grid, c.mask_ratio, c.views, batch, c.block_sizes, generator)
+    mask = inverse_block_mask(grid or c.grid, c.mask_ratio, c.views, batch, c.block_sizes, generator,
+                              c.block_placement)
     return ViewMasks(mask, visible_indices(mask), sample_queries(mask, c.query_ratio, generator))
 
 # %% ../nbs/08_pretraining.ipynb #38a7f62b

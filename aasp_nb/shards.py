@@ -6,7 +6,7 @@
 __all__ = ['read_tar', 'write_text', 'file_sha256', 'index_tars', 'damaged_tars', 'make_shards']
 
 # %% ../nbs/09a_shards.ipynb #ba6dbcb2
-import contextlib, fcntl, hashlib, io, json, os, shutil, tarfile, time
+import contextlib, hashlib, io, json, os, shutil, tarfile, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import soundfile as sf
 
 from .audio import AudioError, load_audio
-from .data import AUDIO_SUFFIXES, Manifest, ManifestError, ahead, as_text, inside, printable, room
+from .data import AUDIO_SUFFIXES, Manifest, ManifestError, ahead, as_text, inside, lock_file, printable, room
 
 # %% ../nbs/09a_shards.ipynb #b9a953fc
 def _whole(
@@ -265,7 +265,7 @@ def _alone(out: Path):
     "Hold the folder against a second writer."
     (out / ".notes").mkdir(parents=True, exist_ok=True)
     with open(out / ".notes" / "lock", "w") as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try: lock_file(lock, wait=False)
         except BlockingIOError:
             raise ManifestError(f"another process is writing shards into {out}: wait for it") from None
         yield

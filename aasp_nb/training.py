@@ -12,7 +12,7 @@ __all__ = ['NO_DECAY', 'CHECKPOINT_FORMAT', 'MEASURED', 'param_groups', 'make_op
            'check_processes', 'pretrain', 'restore', 'write_results', 'plot_metrics', 'notebook_parameters']
 
 # %% ../nbs/10_training.ipynb #8bb7b9df
-import ast, contextlib, csv, difflib, fcntl, gc, hashlib, json, math, os, platform, shutil, signal, subprocess, sys
+import ast, contextlib, csv, difflib, gc, hashlib, json, math, os, platform, shutil, signal, subprocess, sys
 import time, warnings, weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .audio import pad_or_trim, standardize
-from .data import (AudioDataset, CachedReader, Manifest, dataset_statistics, decode_once, describe, train_loader,
-                          valid_frames)
+from .data import (AudioDataset, CachedReader, Manifest, dataset_statistics, decode_once, describe, lock_file,
+                          train_loader, valid_frames)
 from .encoder import AudioViT
 from .objectives import cached_contrastive
 from .pretraining import (AaSP, AaSPConfig, ConfigError, ViewMasks, asked_queries, build_encoder, build_logmel,
@@ -40,7 +40,7 @@ from .shards import file_sha256, write_text
 
 # %% ../nbs/10_training.ipynb #8f8ec534
 NO_DECAY = ("cls_token", "mask_token", "pos_embed",  # last part of a parameter's name
-            "decay", "freq")  # of the SBLU whose parameters are fixed: rates, not weights; the adaptive one's are biases
+            "decay", "freq")  # of the SBLU with fixed parameters: rates, not weights; the adaptive one's are biases
 
 def param_groups(
     model: nn.Module,  # parameters that require a gradient are taken
@@ -185,7 +185,7 @@ def _check(self: RunDir, resume) -> bool:
 @patch
 def _take_lock(self: RunDir):
     self._lock = (self.path / ".lock").open("a")
-    try: fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try: lock_file(self._lock, wait=False)
     except BlockingIOError as e:
         self._lock.close()
         raise RunError(f"another process is running in {self.path}: wait for it or choose another run_dir") from e
@@ -197,7 +197,7 @@ _LOCKED = weakref.WeakSet()  # a forked child would keep a run locked for as lon
 def _unlock_child():
     for run in list(_LOCKED): run._lock.close()
 
-os.register_at_fork(after_in_child=_unlock_child)
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_unlock_child)
 
 # %% ../nbs/10_training.ipynb #733e52d1
 @patch

@@ -12,6 +12,11 @@ import nbformat
 import papermill
 import pytest
 
+import aasp_nb
+from aasp_nb.patch_embed import AaPE
+from aasp_nb.pretraining import AaSPConfig, build_encoder
+from aasp_nb.training import load_encoder, save_encoder
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 
@@ -147,6 +152,18 @@ def test_lesson_keeps_its_promises(name):
     assert links and not [target for target in links if not (NBS / name).parent.joinpath(target).exists()]
     tags = [t for c in nb.cells for t in c.metadata.get("tags", [])]
     assert tags.count("parameters") == 1 and re.search(r"^clip = ", code, re.M)
+
+
+@pytest.mark.parametrize("kind, fields", (("standard", dict(patch_embed="standard")), ("non-adaptive", dict(adaptive=False))))
+def test_figure_4_refuses_a_run_that_estimates_nothing(kind, fields, tmp_path):
+    "A checkpoint that is named is drawn or refused, never replaced by an untrained model."
+    config = AaSPConfig.preset("tiny", depth=1, **fields)
+    save_encoder(build_encoder(config), config, tmp_path / "run")
+    nb = nbformat.read(ROOT / "nbs" / "runs" / "figures.ipynb", 4)
+    cell = next(c.source for c in nb.cells if "Figure 4 needs a run" in c.source)
+    head = cell[:cell.index("untrained =")]
+    scope = dict(checkpoint=str(tmp_path / "run"), Path=Path, load_encoder=load_encoder, AaPE=AaPE, aasp_nb=aasp_nb)
+    with pytest.raises(ValueError, match=f"{kind} patch embedding"): exec(head, scope)
 
 
 def test_figures_are_the_same_bytes_again(tmp_path):
