@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOG_FLOOR', 'AudioError', 'resample', 'audio_info', 'check_channel', 'load_audio', 'LogMel', 'pad_or_trim',
-           'standardize', 'modulation_frequencies', 'highpass_taps', 'zero_phase_highpass', 'highpass_response']
+           'standardize', 'valid_frames', 'padding_mask', 'extend_frames', 'modulation_frequencies', 'highpass_taps',
+           'zero_phase_highpass', 'highpass_response']
 
 # %% ../nbs/00_audio.ipynb #15deb7b6
 import contextlib, io, math, os, re, struct, warnings
@@ -485,13 +486,14 @@ class LogMel(nn.Module):
 
 # %% ../nbs/00_audio.ipynb #7e45006d
 def pad_or_trim(
-    logmel: torch.Tensor, # [..., F, T], before standardising
+    logmel: torch.Tensor, # [..., F, T], T >= 1
     frames: int, # wanted number of frames, at least 1
-    value: float = LOG_FLOOR, # what to pad with: the log floor of the spectrogram
+    value: float | None = None, # what to pad with, as `LOG_FLOOR`; None: the last frame repeated [chosen]
 ) -> torch.Tensor: # [..., F, frames]
-    "Cut the end off, or add frames of silence there."
+    "Cut the end off, or add frames there."
     if frames < 1: raise AudioError(f"frames must be at least 1, got {frames}")
-    if logmel.ndim < 2: raise AudioError(f"logmel must be [..., F, T], got {tuple(logmel.shape)}")
+    if logmel.ndim < 2 or not logmel.shape[-1]: raise AudioError(f"logmel must be [..., F, T], got {tuple(logmel.shape)}")
+    if value is None: return logmel[..., torch.arange(frames, device=logmel.device).clamp(max=logmel.shape[-1] - 1)]
     return F.pad(logmel[..., :frames], (0, max(0, frames - logmel.shape[-1])), value=value)
 
 # %% ../nbs/00_audio.ipynb #d54098ed
@@ -503,6 +505,33 @@ def standardize(
     "(logmel - mean) / std, the same two numbers for every band."
     if not float(std) > 0: raise AudioError(f"std must be positive, got {std}: measure it on the training set")
     return (logmel - mean) / std
+
+# %% ../nbs/00_audio.ipynb #6d04821b
+def valid_frames(
+    valid_samples, # int or tensor: real samples of a clip
+    hop_length: int = 160, # samples between frames
+): # int or tensor: frames whose centre lies on a real sample
+    "Number of frames of a centred spectrogram that are not padding."
+    return -(-valid_samples // hop_length)
+
+def padding_mask(
+    valid_samples: torch.Tensor, # [B] samples of each clip
+    frames: int, # frames of the batch
+    hop_length: int = 160, # samples per frame
+    patch: int = 16, # frames per patch
+) -> torch.Tensor: # [B, N_t] bool, True where a time patch is wholly padding
+    "Time patches that hold no frame of the clip; the first patch always counts as part of it."
+    own = valid_frames(torch.as_tensor(valid_samples), hop_length)
+    return torch.arange(0, frames, patch, device=own.device) >= own[:, None].clamp(min=1)
+
+def extend_frames(
+    logmel: torch.Tensor, # [B, F, T], T >= 1
+    frames: torch.Tensor, # [B] frames of each clip that are not padding; the first always counts
+) -> torch.Tensor: # [B, F, T]
+    "Repeat the last frame of each clip's sound behind it, as the high-pass does at the end."
+    if frames.shape != logmel.shape[:1]: raise AudioError(f"frames must be [{len(logmel)}], got {tuple(frames.shape)}")
+    index = torch.arange(logmel.shape[-1], device=logmel.device).minimum(frames[:, None].clamp(min=1) - 1)
+    return logmel.gather(-1, index[:, None].expand_as(logmel))
 
 # %% ../nbs/00_audio.ipynb #c9cf8412
 def modulation_frequencies(

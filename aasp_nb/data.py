@@ -6,7 +6,7 @@
 __all__ = ['AUDIO_SUFFIXES', 'SPLITS', 'aasp_home', 'ManifestError', 'inside', 'as_text', 'split_name', 'unused_rows', 'TarPart',
            'TextColumn', 'printable', 'Manifest', 'FileReader', 'CachedReader', 'ahead', 'lock_file', 'room',
            'decode_once', 'crop_rng', 'crop', 'join_clips', 'BrokenClips', 'AudioDataset', 'epoch_order', 'StepSampler',
-           'collate', 'Loader', 'train_loader', 'eval_loader', 'valid_frames', 'dataset_statistics', 'describe']
+           'collate', 'Loader', 'train_loader', 'eval_loader', 'dataset_statistics', 'describe']
 
 # %% ../nbs/09_data.ipynb #e491f708
 import contextlib, copy, csv, errno, hashlib, io, json, math, os, re, shutil, signal, tempfile, threading
@@ -21,7 +21,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from .audio import AudioError, audio_info, check_channel, load_audio
+from .audio import AudioError, audio_info, check_channel, load_audio, valid_frames
 
 # %% ../nbs/09_data.ipynb #d48e2593
 def aasp_home(
@@ -1069,14 +1069,6 @@ def eval_loader(
     "Every clip once, in the manifest's order."
     keys = [[(i, 0) for i in range(s, min(s + batch_size, len(dataset)))] for s in range(0, len(dataset), batch_size)]
     return Loader(dataset, keys, workers, pin_memory)
-
-# %% ../nbs/09_data.ipynb #d1c40fbf
-def valid_frames(
-    valid_samples,  # int or tensor: real samples of a crop
-    hop_length: int = 160,  # samples between frames
-):  # int or tensor: frames whose centre lies on a real sample
-    "Number of frames of a centred spectrogram that are not padding."
-    return -(-valid_samples // hop_length)
 
 # %% ../nbs/09_data.ipynb #91f0c6ab
 _FAR = 10.0 # nats of mean log-mel: a factor 150 in amplitude

@@ -465,7 +465,7 @@ def clip_parameters(
     "Log-mel spectrogram of a clip and the decay and frequency that a patch embedding estimates for it."
     embed = copy.deepcopy(embed).double().eval()  # in float64 the figure is the same file on every run
     logmel = build_logmel(config).double()(wave.double())[0]
-    logmel = pad_or_trim(logmel, frames or config.n_frames, math.log(config.log_floor))
+    logmel = pad_or_trim(logmel, frames or config.n_frames, config.pad_value)
     x = standardize(logmel, config.norm_mean, config.norm_std)
     with torch.no_grad(): alpha, beta = embed.estimate(x[None])
     return logmel.float(), alpha[0].float(), beta[0].float()

@@ -394,7 +394,7 @@ def predict(
         for batch in eval_loader(dataset, batch_size, workers):
             padding = front.padding(batch["valid_samples"])
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(front(batch["wave"].to(device)), None if padding is None else padding.to(device))
+                logits = model(front(batch["wave"].to(device), batch["valid_samples"]), None if padding is None else padding.to(device))
             logits = logits.float().cpu().numpy()
             if not np.isfinite(logits).all(): raise TrainingError("logits are not finite: lower lr, or use fp32")
             if out is None: out = np.full((len(dataset), logits.shape[1]), np.nan, np.float32)
@@ -516,7 +516,7 @@ class Classifier:
         device = next(self.model.parameters()).device
         valid = torch.full((len(waves),), waves.shape[-1]) if valid_samples is None else torch.as_tensor(valid_samples)
         padding = self.front.padding(valid)
-        logits = self.model(self.front(waves.to(device)), None if padding is None else padding.to(device))
+        logits = self.model(self.front(waves.to(device), valid), None if padding is None else padding.to(device))
         return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
 # %% ../nbs/12_finetuning.ipynb #1a40392e
@@ -574,7 +574,7 @@ class FinetuneLearner(Learner):
 def prepare(self: FinetuneLearner, batch: dict, step: int) -> dict:
     "Log-mel, targets and padding of a batch, mixed and masked."
     c, padding = self.config, self.front.padding(batch["valid_samples"])
-    x = self.front(batch["wave"].to(self.device, non_blocking=True))
+    x = self.front(batch["wave"].to(self.device, non_blocking=True), batch["valid_samples"])
     y = as_targets(batch["label"].to(self.device), self.model.head.out_features, self.bce)
     step_generator(self.seed, step, micro=2**20)  # torch's global generators, for the masks
     if c.mixup: x, y, padding = mixup(x, y, padding, c.mixup, np.random.default_rng([self.seed, step, 2**20]))
@@ -652,7 +652,7 @@ def prepare_task(
     frames = config.frames or longest_frames(PartReader(reader, parts.train), e.hop_length, e.patch_size[1])
     config, front = replace(config, frames=frames), front_config(e, frames)
     def part(rows, **kw):
-        return AudioDataset(manifest.take(rows), front.crop_seconds, e.sample_rate, seed=config.seed,
+        return AudioDataset(manifest.take(rows), front.crop_samples / e.sample_rate, e.sample_rate, seed=config.seed,
                             labels=targets[rows], reader=PartReader(reader, rows), **kw)
     evaluated = {k: (part(rows, train=False, max_broken=max_broken), rows)
                  for k, rows in (("valid", parts.valid), ("test", parts.test)) if len(rows)}

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .audio import AudioError, load_audio, resample, standardize
-from .pretraining import AaSPConfig, build_encoder, build_logmel
+from .audio import AudioError, load_audio, resample, valid_frames
+from .pretraining import AaSPConfig, FrontEnd, build_encoder
 from .probing import target_frames, window_starts
 from .training import CheckpointError, load_encoder, save_encoder
 
@@ -29,7 +29,7 @@ class AaSPEncoder(nn.Module):
         config: AaSPConfig,  # it was built from: audio settings, mean and deviation
     ):
         super().__init__()
-        self.encoder, self.config, self.logmel = encoder.eval(), config, build_logmel(config)
+        self.encoder, self.config, self.front = encoder.eval(), config, FrontEnd(config)
 
     @property
     def sample_rate(self) -> int: return self.config.sample_rate  # Hz of the audio it works on
@@ -93,7 +93,7 @@ def as_wave(
 def window_logmel(self: AaSPEncoder,
     wave: torch.Tensor,  # [S] at the model's rate
     start: int,  # first frame
-    frames: int,  # number of frames; those behind the clip's end are silence
+    frames: int,  # number of frames; behind the clip's end stands what `frame_padding` says
 ) -> torch.Tensor:  # [F, frames] standardised
     "A part of a clip's spectrogram, as it is in the spectrogram of the whole."
     c = self.config
@@ -103,8 +103,9 @@ def window_logmel(self: AaSPEncoder,
     lo, hi = (start - before) * c.hop_length, min((start + frames + around) * c.hop_length, whole)
     part = wave[lo:hi]
     part = F.pad(part, (0, hi - lo - len(part)))
-    x = self.logmel(part.to(self.device)[None])[0, :, before:before + frames]
-    return standardize(x, c.norm_mean, c.norm_std)
+    x = self.front.logmel(part.to(self.device)[None])[..., before:before + frames]
+    valid = valid_frames(torch.tensor([len(wave)], device=x.device), c.hop_length) - start
+    return self.front.standardized(x, valid, frames)[0]
 
 # %% ../nbs/18_hub.ipynb #c2e0dde7
 @dataclass

@@ -123,7 +123,8 @@ def estimate(
     "Spectrogram, and decay and frequency of every patch and unit."
     logmel = build_logmel(config)(torch.from_numpy(np.ascontiguousarray(wave))[None])
     step = config.patch_size[1]
-    logmel = pad_or_trim(logmel, min(-(-logmel.shape[-1] // step), FRAMES // step) * step)
+    logmel = pad_or_trim(logmel, min(-(-logmel.shape[-1] // step), FRAMES // step) * step,
+                         config.pad_value)
     alpha, beta = module.estimate(standardize(logmel, config.norm_mean, config.norm_std))
     return dict(logmel=logmel[0].numpy(), alpha=alpha[0].numpy(), beta=beta[0].numpy())
 

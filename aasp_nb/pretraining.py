@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'ConfigError', 'option', 'AudioFields', 'ModelFields', 'KernelFields', 'MaskFields', 'ObjectiveFields',
-           'OptimizerFields', 'coerce', 'require', 'refuse_unknown', 'AaSPConfig', 'Table', 'build_logmel',
+           'OptimizerFields', 'coerce', 'require', 'refuse_unknown', 'AaSPConfig', 'Table', 'build_logmel', 'FrontEnd',
            'build_patch_embed', 'build_encoder', 'build_predictor', 'ema_momentum', 'ViewMasks', 'draw_masks',
            'StudentViews', 'AaSP', 'patch_padding', 'asked_queries']
 
@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/08_pretraining.ipynb #f6d13450
-from .audio import AudioError, LogMel, check_channel
+from .audio import AudioError, LogMel, check_channel, extend_frames, pad_or_trim, padding_mask, standardize, valid_frames
 from .encoder import AudioViT
 from .masking import inverse_block_mask, num_visible, sample_queries, visible_indices
 from .objectives import (ContrastiveHead, LOSS_SCALES, contrastive_loss, contrastive_surrogate, logmel_targets,
@@ -61,8 +61,9 @@ class AudioFields:
     norm_mean: float = option(-6.2, "chosen", "mean of the log-mel spectrogram; measured on mixed short clips")
     norm_std: float = option(5.9, "chosen", "its standard deviation, > 0; measured on mixed short clips")
     norm_measure: bool = option(True, "chosen", "measure both on the training set before the first step")
-    crop_seconds: float = option(6.0, "text", "length of a random crop, s")
+    crop_seconds: float = option(6.0, "text", "least length of a random crop, s; it fills n_frames where it can")
     n_frames: int | None = option(608, "text", "frames T of a crop after padding; None: computed from crop_seconds")
+    frame_padding: Literal["edge", "floor"] = option("edge", "chosen", "behind a clip: its last frame again, or silence")
     fill_crops: bool = option(False, "chosen", "fill a crop from several short clips of one source, with short fades")
 
 # %% ../nbs/08_pretraining.ipynb #79b1010c
@@ -348,6 +349,14 @@ class AaSPConfig(OptimizerFields, ObjectiveFields, MaskFields, KernelFields, Mod
     @property
     def frame_rate(self): return self.sample_rate/self.hop_length  # frames per second
 
+    @property
+    def pad_value(self): return math.log(self.log_floor) if self.frame_padding == "floor" else None  # for `pad_or_trim`
+
+    @property
+    def crop_samples(self):  # of a crop: what n_frames frames need, or crop_seconds where silence stands behind a clip
+        if self.frame_padding == "edge": return self.n_frames*self.hop_length - 1
+        return round(self.crop_seconds*self.sample_rate)
+
 # %% ../nbs/08_pretraining.ipynb #0e96d455
 PRESETS = {"base": {}}  # per preset, the fields that differ from the defaults
 
@@ -404,6 +413,8 @@ def to_dict(self:AaSPConfig) -> dict: # every field; tuples as lists
     return {n: plain(getattr(self, n)) for n in self.names()}
 
 # %% ../nbs/08_pretraining.ipynb #4c2d6f48
+_BEFORE = dict(frame_padding="floor") # what whole configurations meant that were written before these fields
+
 @patch(cls_method=True)
 def from_dict(cls:AaSPConfig,
     values:dict, # field names and values; absent fields take the paper's values
@@ -414,7 +425,7 @@ def from_dict(cls:AaSPConfig,
     version = coerce("version", values.get("version", 1), int)
     require((version == 1, f"configuration of version {version}: this aasp_nb reads version 1, update it"))
     refuse_unknown(values, cls.names(), "field")
-    return cls(**_follow_crop({}, values))
+    return cls(**_follow_crop(_BEFORE if "version" in values else {}, values))
 
 # %% ../nbs/08_pretraining.ipynb #a36d9abb
 class Table(str):
@@ -445,6 +456,45 @@ def build_logmel(
     "The log-mel front end of a configuration."
     c = config
     return LogMel(c.sample_rate, c.n_fft, c.win_length, c.hop_length, c.n_mels, c.f_min, c.f_max, c.log_floor)
+
+# %% ../nbs/08_pretraining.ipynb #9564d63d
+class FrontEnd(nn.Module):
+    "Waveforms [B, S] and their valid samples to standardised log-mel [B, F, T] and padded time patches."
+    def __init__(self,
+        config:AaSPConfig,  # audio fields, n_frames, patch_size, norm_mean, norm_std
+    ):
+        super().__init__()
+        self.config, self.logmel = config, build_logmel(config)
+
+    def padding(self,
+        valid_samples:torch.Tensor,  # [B], on the CPU
+        frames:int|None=None,        # frames of the batch, a multiple of the patch width; None: n_frames
+    ) -> torch.Tensor:  # bool [B, N_t], True where a time patch is wholly padding; None if there is none
+        "Padded time patches; looked at on the CPU, so that no device has to be waited for."
+        c = self.config
+        pad = padding_mask(valid_samples, frames or c.n_frames, c.hop_length, c.patch_size[1])
+        return pad if pad.any() else None
+
+    def forward(self,
+        wave:torch.Tensor,                  # [B, S] at config.sample_rate
+        valid_samples:torch.Tensor|None=None,  # [B] samples that are sound; None: all
+        frames:int|None=None,               # frames of the result; None: n_frames
+    ) -> torch.Tensor:  # [B, F, T] standardised
+        "Log-mel, padded or cut to `frames`, standardised."
+        c = self.config
+        x = self.logmel(wave)
+        valid = torch.full(wave.shape[:1], wave.shape[-1]) if valid_samples is None else torch.as_tensor(valid_samples)
+        return self.standardized(x, valid_frames(valid.to(x.device, non_blocking=True), c.hop_length), frames)
+
+    def standardized(self,
+        logmel:torch.Tensor,      # [B, F, T]
+        valid:torch.Tensor,       # [B] frames that are sound
+        frames:int|None=None,     # frames of the result; None: n_frames
+    ) -> torch.Tensor:  # [B, F, frames]
+        "A log-mel spectrogram extended behind each clip's end as `frame_padding` says, standardised."
+        c = self.config
+        x = pad_or_trim(logmel, frames or c.n_frames, c.pad_value)
+        return standardize(extend_frames(x, valid) if c.frame_padding == "edge" else x, c.norm_mean, c.norm_std)
 
 # %% ../nbs/08_pretraining.ipynb #d70f0321
 def build_patch_embed(

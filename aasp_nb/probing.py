@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'MODULATION_EDGES', 'BASELINES', 'PROBE_PRESETS', 'FEATURE_VERSION', 'ProbeError', 'target_frames',
-           'padding_mask', 'pool_tokens', 'WholeClips', 'window_starts', 'encode_clips', 'extract_features',
-           'logmel_statistics', 'modulation_energies', 'modulation_statistics', 'extract_baseline',
-           'encoder_fingerprint', 'data_fingerprint', 'cached', 'ProbeData', 'probe_data', 'ProbeConfig',
-           'probe_preset', 'probe_deviations', 'probe_runs', 'linear_probe', 'bootstrap_interval', 'ProbeResult',
-           'paired_difference', 'probe_summary', 'probe_table', 'ProbeModel', 'open_model', 'input_statistics',
-           'longer_clips', 'model_features', 'run_probe', 'save_probe', 'Lines']
+           'pool_tokens', 'WholeClips', 'window_starts', 'encode_clips', 'extract_features', 'logmel_statistics',
+           'modulation_energies', 'modulation_statistics', 'extract_baseline', 'encoder_fingerprint',
+           'data_fingerprint', 'cached', 'ProbeData', 'probe_data', 'ProbeConfig', 'probe_preset', 'probe_deviations',
+           'probe_runs', 'linear_probe', 'bootstrap_interval', 'ProbeResult', 'paired_difference', 'probe_summary',
+           'probe_table', 'ProbeModel', 'open_model', 'input_statistics', 'longer_clips', 'model_features', 'run_probe',
+           'save_probe', 'Lines']
 
 # %% ../nbs/13_probing.ipynb #967cb4ee
 import contextlib
@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from .audio import AudioError, modulation_frequencies, standardize
+from .audio import AudioError, modulation_frequencies, padding_mask, valid_frames
 from .benchmarks import append_results, mean_average_precision, score
 from .data import (AudioDataset, BrokenClips, FileReader, Manifest, aasp_home, dataset_statistics, split_name,
-                          unused_rows, valid_frames)
+                          unused_rows)
 from .finetuning import RULES
-from .pretraining import AaSPConfig, build_encoder, build_logmel
+from .pretraining import AaSPConfig, FrontEnd, build_encoder, build_logmel
 from .training import RunError, environment, load_encoder, pick_device, write_json
 
 # %% ../nbs/13_probing.ipynb #f8df8a3a
@@ -54,19 +54,6 @@ def target_frames(
         if frames < patch or frames % patch: raise ProbeError(f"frames must be a multiple of {patch}, got {frames}")
         return int(frames)
     return patch * max(1, math.ceil(valid_frames(valid_samples, hop_length) / patch))
-
-# %% ../nbs/13_probing.ipynb #1e60f815
-def padding_mask(
-    valid_samples: torch.Tensor,  # [B] samples of each clip
-    frames: int,  # frames of the batch
-    hop_length: int = 160,  # samples per frame
-    patch: int = 16,  # frames per patch
-) -> torch.Tensor:  # [B, N_t] bool, True where a time patch is wholly padding
-    "Time patches that hold no frame of the clip; the first patch always counts as part of it."
-    own = valid_frames(torch.as_tensor(valid_samples), hop_length)
-    mask = torch.arange(0, frames, patch)[None] >= own[:, None]
-    mask[:, 0] = False
-    return mask
 
 # %% ../nbs/13_probing.ipynb #b8f412af
 POOLINGS = ("cls_mean", "frequency")  # what becomes of the tokens of a clip: see `pool_tokens`
@@ -198,13 +185,13 @@ def extract_features(
     progress=None,  # called with (clips done, clips)
 ) -> np.ndarray:  # [N, 2 D] or [N, N_f D] float32, row i belongs to dataset[i]
     "Pooled tokens of every clip, in the data set's order (paper, section IV-B)."
-    logmel, was_training = build_logmel(config).to(device), encoder.training
     mean, std = norm or (config.norm_mean, config.norm_std)
+    front, was_training = FrontEnd(config.replace(norm_mean=mean, norm_std=std)).to(device), encoder.training
     encoder.to(device).eval()
     out, done = None, 0
     try:
         for index, waves, valid in _baskets(dataset, _clip_samples(config, frames), batch_size, num_workers):
-            x = standardize(logmel(waves.to(device)), mean, std)
+            x = front(waves.to(device), valid, 1 + waves.shape[-1] // config.hop_length)
             padding = padding_mask(valid, x.shape[-1], config.hop_length, config.patch_size[1]).to(device)
             h = encode_clips(encoder, x, padding, window, pooling).float().cpu().numpy()
             if out is None: out = np.full((len(dataset), h.shape[1]), np.nan, np.float32)

@@ -7,9 +7,9 @@ __all__ = ['NO_DECAY', 'CHECKPOINT_FORMAT', 'MEASURED', 'param_groups', 'make_op
            'git_revision', 'environment', 'RunError', 'writing', 'write_json', 'RunDir', 'read_metrics', 'Onlooker',
            'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'step_folders', 'latest_checkpoint', 'prune',
            'optimizer_tensors', 'load_optimizer', 'Saver', 'duration', 'Picture', 'Progress', 'TrainingError', 'Window',
-           'Guard', 'pick_device', 'split_batch', 'Learner', 'fit', 'check_space', 'FrontEnd', 'AaSPLearner',
-           'save_encoder', 'load_encoder', 'as_config', 'check_same', 'prepare_data', 'describe_data', 'prepare_run',
-           'check_processes', 'pretrain', 'restore', 'write_results', 'plot_metrics', 'notebook_parameters']
+           'Guard', 'pick_device', 'split_batch', 'Learner', 'fit', 'check_space', 'AaSPLearner', 'save_encoder',
+           'load_encoder', 'as_config', 'check_same', 'prepare_data', 'describe_data', 'prepare_run', 'check_processes',
+           'pretrain', 'restore', 'write_results', 'plot_metrics', 'notebook_parameters']
 
 # %% ../nbs/10_training.ipynb #8bb7b9df
 import ast, contextlib, csv, difflib, gc, hashlib, json, math, os, platform, shutil, signal, subprocess, sys
@@ -27,13 +27,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .audio import pad_or_trim, standardize
 from .data import (AudioDataset, CachedReader, Manifest, dataset_statistics, decode_once, describe, lock_file,
-                          train_loader, valid_frames)
+                          train_loader)
 from .encoder import AudioViT
 from .objectives import cached_contrastive
-from .pretraining import (AaSP, AaSPConfig, ConfigError, ViewMasks, asked_queries, build_encoder, build_logmel,
-                                 coerce, draw_masks, ema_momentum, patch_padding)
+from .pretraining import (AaSP, AaSPConfig, ConfigError, FrontEnd, ViewMasks, asked_queries, build_encoder,
+                                 build_logmel, coerce, draw_masks, ema_momentum, patch_padding)
 from .processes import (PeerError, StopRequest, agree, averaged, data_parallel, from_first, gathered, rank,
                                start_processes, stop_wanted, summed, world_size)
 from .shards import file_sha256, write_text
@@ -886,31 +885,6 @@ def _tell(out: dict) -> dict:
         with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as f: f.write(line + "\n")
     return out
 
-# %% ../nbs/10_training.ipynb #c11c6395
-class FrontEnd(nn.Module):
-    "Waveforms [B, S] and their valid samples to standardised log-mel [B, F, T] and padded time patches."
-    def __init__(self,
-        config: AaSPConfig,  # audio fields, n_frames, patch_size, norm_mean, norm_std
-    ):
-        super().__init__()
-        self.config, self.logmel = config, build_logmel(config)
-
-    def padding(self,
-        valid_samples: torch.Tensor,  # [B], on the CPU
-    ) -> torch.Tensor:  # bool [B, N_t], True where a time patch is wholly padding; None if there is none
-        "Padded time patches; looked at on the CPU, so that no device has to be waited for."
-        width, n = self.config.patch_size[1], self.config.grid[1]
-        frames = valid_frames(valid_samples, self.config.hop_length)
-        pad = torch.arange(n) * width >= frames[:, None].clamp(min=1)
-        return pad if pad.any() else None
-
-    def forward(self,
-        wave: torch.Tensor,  # [B, S] at config.sample_rate
-    ) -> torch.Tensor:  # [B, F, T] standardised
-        "Log-mel, padded or cut to n_frames with silence, standardised."
-        x = pad_or_trim(self.logmel(wave), self.config.n_frames, self.logmel.log_floor)
-        return standardize(x, self.config.norm_mean, self.config.norm_std)
-
 # %% ../nbs/10_training.ipynb #8b90a97d
 class AaSPLearner(Learner):
     "Pre-trains an `AaSP`: log-mel and masks, the three losses, the teacher's moving average."
@@ -935,7 +909,7 @@ class AaSPLearner(Learner):
         more = {k: v.to(self.device, non_blocking=True) for k, v in dict(padding=pad, weight=weight).items()
                 if v is not None}
         wave = batch["wave"].to(self.device, non_blocking=True)
-        return dict(logmel=self.front(wave), **vars(masks.to(self.device)), **more)
+        return dict(logmel=self.front(wave, batch["valid_samples"]), **vars(masks.to(self.device)), **more)
 
     def loss(self, batch, generator):
         share = batch["weight"].mean() if "weight" in batch else None
@@ -1083,7 +1057,7 @@ def prepare_data(
         told = describe(manifest, config.sample_rate, 200)
         cache = told["hours"] * 7200 * config.sample_rate < 2**32 and told["longest_seconds"] < 1200
     if cache: reader = decode_once(manifest, config.sample_rate, workers=os.cpu_count(), channel=config.channel)
-    return AudioDataset(manifest, config.crop_seconds, config.sample_rate, seed=config.seed,
+    return AudioDataset(manifest, config.crop_samples / config.sample_rate, config.sample_rate, seed=config.seed,
                         fill_crops=config.fill_crops, reader=reader, channel=config.channel)
 
 # %% ../nbs/10_training.ipynb #9964f99e
