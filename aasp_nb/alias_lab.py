@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from .audio import LogMel
 from .dashboards import PALETTE, Dashboard, Field, Latest, Plot, Scene, Sound, StateError, axis, check_state
 from .patch_dashboard import SOUNDS, mel_ticks, open_clip, patch_sound
-from .pretraining import AaSPConfig
+from .config import AaSPConfig
 from .stability import (aliased_share, am_tone, folding_map, interpolate, modulation_spectrum, patch_sequence,
     patch_weights, ripple, sblu_scan, shift_errors, sonify, weight_response, zero_phase_lowpass)
 from .windows import patch_nyquist

@@ -33,9 +33,10 @@ import pooch
 import requests
 from fastcore.basics import patch
 from .audio import AudioError, audio_info
-from .data import (AUDIO_SUFFIXES, Manifest, ManifestError, aasp_home, ahead, inside, lock_file, room,
-                          split_name)
-from .training import git_revision, write_json
+from .data import AUDIO_SUFFIXES, Manifest, ManifestError, aasp_home, ahead, inside, room, split_name
+from .files import lock_file
+from .files import write_json
+from .runs import git_revision
 from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, precision_recall_fscore_support
 
 # %% ../nbs/11_benchmarks.ipynb #864621b7

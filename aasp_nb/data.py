@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AUDIO_SUFFIXES', 'SPLITS', 'aasp_home', 'ManifestError', 'inside', 'as_text', 'split_name', 'unused_rows', 'TarPart',
-           'TextColumn', 'printable', 'Manifest', 'FileReader', 'CachedReader', 'ahead', 'lock_file', 'room',
-           'decode_once', 'crop_rng', 'crop', 'join_clips', 'BrokenClips', 'AudioDataset', 'epoch_order', 'StepSampler',
-           'collate', 'Loader', 'train_loader', 'eval_loader', 'dataset_statistics', 'describe']
+           'TextColumn', 'printable', 'Manifest', 'FileReader', 'CachedReader', 'ahead', 'room', 'decode_once',
+           'crop_rng', 'crop', 'join_clips', 'BrokenClips', 'AudioDataset', 'epoch_order', 'StepSampler', 'collate',
+           'Loader', 'train_loader', 'eval_loader', 'dataset_statistics', 'describe']
 
 # %% ../nbs/09_data.ipynb #e491f708
 import contextlib, copy, csv, errno, hashlib, io, json, math, os, re, shutil, signal, tempfile, threading
@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from .audio import AudioError, audio_info, check_channel, load_audio, valid_frames
+from .files import lock_file, replacing
 
 # %% ../nbs/09_data.ipynb #d48e2593
 def aasp_home(
@@ -685,17 +686,6 @@ def ahead(
         while waiting: yield waiting.popleft().result()
     finally:
         for f in waiting: f.cancel()
-
-# %% ../nbs/09_data.ipynb #57a687c8
-try: import fcntl
-except ImportError: fcntl = None  # Windows: two processes that write to one place are not told apart
-
-def lock_file(
-    file,  # open for writing
-    wait: bool = True,  # until another process lets go; False: raise `BlockingIOError`
-):
-    "Hold a file until it is closed, whatever ends the process; nothing where the system has no such locks."
-    if fcntl is not None: fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 # %% ../nbs/09_data.ipynb #83d4397e
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ import aasp_nb
 from .audio import AudioError
 from .hub import AaSPEncoder, as_wave
 from .patch_embed import AaPE
-from .pretraining import AaSPConfig, build_encoder
+from .config import AaSPConfig, build_encoder
 
 # %% ../nbs/19_doors.ipynb #8d9bdedf
 DEMO = Path(aasp_nb.__file__).parent / "assets" / "demo_checkpoint_generated_clips"

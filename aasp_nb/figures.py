@@ -26,7 +26,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from .audio import highpass_response, pad_or_trim, standardize
 from .patch_embed import AaPE, count_parameters
-from .pretraining import AaSPConfig, build_encoder, build_logmel, build_patch_embed, build_predictor, draw_masks
+from .config import AaSPConfig, build_encoder, build_logmel, build_patch_embed, build_predictor, draw_masks
 from .sblu import alpha_min, beta_bounds, bound_parameters, initial_raw_freq
 from .stability import folding_map, patch_weights, weight_response
 from .windows import FAMILIES, NORMALIZATIONS, figure2_curves, hz_to_rad, rad_to_hz, tone_response

@@ -35,14 +35,19 @@ from torch import nn
 
 from .audio import AudioError
 from .benchmarks import append_results, score
+from .audio import valid_frames
 from .data import (AudioDataset, FileReader, Manifest, ManifestError, dataset_statistics, eval_loader,
-                          split_name, train_loader, unused_rows, valid_frames)
+                          split_name, train_loader, unused_rows)
 from .patch_embed import init_linear
-from .pretraining import (AaSPConfig, ConfigError, Table, build_encoder, build_logmel, coerce, option,
-                                 refuse_unknown, require)
-from .training import (CheckpointError, FrontEnd, Guard, Learner, RunDir, RunError, TrainingError, check_same,
-                              cosine_warmup, describe_data, environment, fit, load_encoder, param_groups, pick_device,
-                              prepare_data, read_metrics, restore, save_encoder, step_generator, write_json)
+from .config import AaSPConfig, build_encoder, build_logmel
+from .settings import ConfigError, Table, coerce, option, refuse_unknown, require
+from .config import FrontEnd
+from .encoders import load_encoder, save_encoder
+from .files import write_json
+from .loop import (Guard, Learner, TrainingError, cosine_warmup, fit, param_groups, pick_device, restore,
+                          step_generator)
+from .pretraining import describe_data, prepare_data
+from .runs import CheckpointError, RunDir, RunError, check_same, environment, read_metrics
 
 # %% ../nbs/12_finetuning.ipynb #c4412d74
 @dataclass(frozen=True)

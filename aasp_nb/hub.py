@@ -17,9 +17,10 @@ from fastcore.basics import patch
 from torch import nn
 
 from .audio import AudioError, load_audio, resample, valid_frames
-from .pretraining import AaSPConfig, FrontEnd, build_encoder
+from .config import AaSPConfig, FrontEnd, build_encoder
 from .probing import target_frames, window_starts
-from .training import CheckpointError, load_encoder, save_encoder
+from .encoders import load_encoder, save_encoder
+from .runs import CheckpointError
 
 # %% ../nbs/18_hub.ipynb #27654450
 class AaSPEncoder(nn.Module):

@@ -28,7 +28,7 @@ import aasp_nb
 from .audio import AudioError, load_audio, pad_or_trim, resample, standardize
 from .clips import CLASSES, generate_clip
 from .dashboards import PALETTE, Dashboard, Field, Plot, Scene, Sound, StateError, axis, check_state
-from .pretraining import AaSPConfig, build_logmel, build_patch_embed
+from .config import AaSPConfig, build_logmel, build_patch_embed
 from .sblu import alpha_min, beta_bounds
 from .windows import kernel_taps, rad_to_hz
 
@@ -73,7 +73,8 @@ def open_checkpoint(
         return module, config
     if not path: raise StateError("give the path of a checkpoint: a run, a checkpoint or an encoder folder")
     if (Path(path) / "model.safetensors").is_file(): return read_patch_embed(path)
-    from aasp_nb.training import CheckpointError, load_encoder
+    from aasp_nb.encoders import load_encoder
+    from aasp_nb.runs import CheckpointError
     try: encoder, config = load_encoder(path)
     except (CheckpointError, OSError, ValueError) as e: raise StateError(str(e)) from None
     if config.patch_embed != "aape":

@@ -35,8 +35,11 @@ from .benchmarks import append_results, mean_average_precision, score
 from .data import (AudioDataset, BrokenClips, FileReader, Manifest, aasp_home, dataset_statistics, split_name,
                           unused_rows)
 from .finetuning import RULES
-from .pretraining import AaSPConfig, FrontEnd, build_encoder, build_logmel
-from .training import RunError, environment, load_encoder, pick_device, write_json
+from .config import AaSPConfig, FrontEnd, build_encoder, build_logmel
+from .encoders import load_encoder
+from .files import write_json
+from .loop import pick_device
+from .runs import RunError, environment
 
 # %% ../nbs/13_probing.ipynb #f8df8a3a
 class ProbeError(ValueError):
