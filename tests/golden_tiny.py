@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 
 from aasp_nb.clips import write_clips
-from aasp_nb.pretraining import AaSPConfig
-from aasp_nb.training import environment, pretrain, read_metrics
+from aasp_nb.config import AaSPConfig
+from aasp_nb.pretraining import pretrain
+from aasp_nb.runs import environment, read_metrics
 
 FILE = Path(__file__).with_suffix(".json")
 FIELDS = dict(batch_size=4, views=4, steps=200, warmup_steps=20, seed=0, precision="fp32")

@@ -19,17 +19,21 @@ import soundfile as sf
 import torch
 from safetensors.torch import load_file, save_file
 
-import aasp_nb.training as training
+from aasp_nb import loop, pretraining, runs, settings
 from aasp_nb.audio import AudioError, LogMel, load_audio
 from aasp_nb.clips import generate_clip, write_clips
 from aasp_nb.data import AudioDataset, FileReader, Manifest, ManifestError, dataset_statistics, decode_once, train_loader
 from aasp_nb.finetuning import FinetuneConfig, balanced_weights, prepare_task, split_clips
 from aasp_nb.hub import AaSPEncoder
-from aasp_nb.pretraining import AaSPConfig, ConfigError, build_encoder
+from aasp_nb.config import AaSPConfig, build_encoder
+from aasp_nb.settings import ConfigError
 from aasp_nb.probing import longer_clips
 from aasp_nb.processes import ProcessError, start_processes
 from aasp_nb.shards import make_shards, read_tar
-from aasp_nb.training import CheckpointError, RunDir, RunError, TrainingError, load_checkpoint, load_encoder, pretrain, step_folders
+from aasp_nb.encoders import load_encoder
+from aasp_nb.loop import TrainingError
+from aasp_nb.pretraining import pretrain
+from aasp_nb.runs import CheckpointError, RunDir, RunError, load_checkpoint, step_folders
 
 FIELDS = dict(embed_dim=32, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=8, lambda_dim=16, views=2, predictor_dim=32,
               predictor_depth=1, predictor_heads=2, batch_size=2, crop_seconds=1.0, warmup_steps=2, steps=4, norm_measure=False)
@@ -114,7 +118,7 @@ def test_row_ten_hours(wav, tmp_path):
     os.truncate(path, size + 44)  # sparse: takes no space
     data = AudioDataset(path.parent, 0.5)
     assert data.reader.samples(0) == 36000 * 16000 and data[0, 3]["wave"].shape == (8000,)
-    prepared = training.prepare_data(config(), path.parent)
+    prepared = pretraining.prepare_data(config(), path.parent)
     assert isinstance(prepared.reader, FileReader)
 
 
@@ -251,21 +255,21 @@ def test_row_missing_file(wav): skipped(wav("a.wav").parent / "bad.wav", "bad.wa
 
 def test_row_vanished(tmp_path):
     manifest = Manifest.open(write_clips(tmp_path / "c", per_class=1, seed=0, seconds=0.3))
-    real = training.Learner.step
+    real = loop.Learner.step
 
     def step(self, batch, s):
         if s == 1: manifest.file(3).unlink()
         return real(self, batch, s)
 
     with pytest.MonkeyPatch.context() as m, pytest.warns(UserWarning, match="broken clip skipped"):
-        m.setattr(training.Learner, "step", step)
+        m.setattr(loop.Learner, "step", step)
         out = pretrain(config(steps=15), manifest, tmp_path / "run", **CALL)
     assert out["status"] == "finished" and list(out["broken_clips"]) == [manifest.columns["path"][3]]
 
 
 def test_row_too_many_broken(tmp_path):
     manifest = Manifest.open(write_clips(tmp_path / "c", per_class=1, seed=0, seconds=0.3))
-    real = training.Learner.step
+    real = loop.Learner.step
 
     def step(self, batch, s):
         if s == 2:
@@ -274,9 +278,9 @@ def test_row_too_many_broken(tmp_path):
 
     with pytest.MonkeyPatch.context() as m, warnings.catch_warnings(), refused(AudioError, "max_broken", "Check the data folder"):
         warnings.simplefilter("ignore")
-        m.setattr(training.Learner, "step", step)
+        m.setattr(loop.Learner, "step", step)
         pretrain(config(steps=30), manifest, tmp_path / "run", save_every=1000, **CALL)
-    path, _, state = training.latest_checkpoint(tmp_path / "run" / "checkpoints")
+    path, _, state = runs.latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert state["step"] >= 3  # what was trained is kept
 
 
@@ -525,7 +529,7 @@ def test_row_lost_tag(tmp_path):
     from aasp_nb.cli import UsageError, launch
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("a: int = 1")]), tmp_path / "a.ipynb")
     with refused(UsageError, "parameters", "needs one"): launch(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
-    with refused(ConfigError, "lost its tag"): training.notebook_parameters(dict(In=["", "# Parameters\na = 3", "a: int = 1"], a=1))
+    with refused(ConfigError, "lost its tag"): settings.notebook_parameters(dict(In=["", "# Parameters\na = 3", "a: int = 1"], a=1))
 
 
 @pytest.mark.parametrize("field, value", [("views", "many"), ("views", 2.5), ("lr", "fast"), ("adaptive", "maybe"), ("patch_size", 16),
@@ -614,17 +618,17 @@ def test_row_folder_not_writable(clips, tmp_path):
 
 
 def test_row_disk_full(clips, tmp_path, monkeypatch):
-    real = training.save_checkpoint
+    real = runs.save_checkpoint
 
     def full(folder, *a):
         if folder.name == "step-00000004": raise OSError(122, "Disk quota exceeded")
         return real(folder, *a)
 
-    monkeypatch.setattr(training, "save_checkpoint", full)
+    monkeypatch.setattr(runs, "save_checkpoint", full)
     with refused(RunError, "Disk quota exceeded", "Free space", 'resume="auto"'):
         pretrain(config(steps=50), clips, tmp_path / "run", save_every=2, **CALL)
     monkeypatch.undo()
-    assert training.latest_checkpoint(tmp_path / "run" / "checkpoints")[2]["step"] == 2
+    assert runs.latest_checkpoint(tmp_path / "run" / "checkpoints")[2]["step"] == 2
     assert pretrain(config(steps=50), clips, tmp_path / "run", resume=True, max_steps=6, **CALL)["step"] == 6
 
 
@@ -659,7 +663,7 @@ def test_row_no_whole_checkpoint(clips, copy):
 
 def reseal(folder, **change):
     state = json.loads((folder / "state.json").read_text()) | change
-    (folder / "state.json").write_text(json.dumps(state | dict(sha256=training._seal(state))))
+    (folder / "state.json").write_text(json.dumps(state | dict(sha256=runs._seal(state))))
 
 
 def test_row_newer_checkpoint(copy):
@@ -671,9 +675,9 @@ def test_row_newer_checkpoint(copy):
 def test_row_checkpoint_of_another_model(copy):
     tensors, state = load_checkpoint(step_folders(copy / "checkpoints")[-1])
     with refused(CheckpointError, "another model", "tensors differ"):
-        training.AaSPLearner(config(embed_dim=64)).load_state(tensors, state)
+        pretraining.build_learner(config(embed_dim=64)).load_state(tensors, state)
     tensors["model"].pop("student.cls_token")
-    with refused(CheckpointError, "student.cls_token"): training.AaSPLearner(config()).load_state(tensors, state)
+    with refused(CheckpointError, "student.cls_token"): pretraining.build_learner(config()).load_state(tensors, state)
 
 
 def test_row_missing_tensor(copy):
@@ -721,26 +725,26 @@ def test_row_lost_processes(capsys):
 
 
 def test_row_unknown_device():
-    with refused(RunError, "'gpu'", "auto, cpu or cuda"): training.pick_device("gpu")
+    with refused(RunError, "'gpu'", "auto, cpu or cuda"): loop.pick_device("gpu")
 
 
 def test_row_no_bf16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Old GPU")
-    with refused(RunError, "Old GPU", "set precision to fp32"): training.pick_device("cuda", "bf16")
+    with refused(RunError, "Old GPU", "set precision to fp32"): loop.pick_device("cuda", "bf16")
 
 
 def test_row_out_of_memory(clips, tmp_path, monkeypatch):
     def step(self, batch, s): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    monkeypatch.setattr(training.Learner, "step", step)
+    monkeypatch.setattr(loop.Learner, "step", step)
     with refused(RunError, "out of memory", "accumulation_steps (now 1)", "batch_size (2)", "views (2)"):
         pretrain(config(), clips, tmp_path / "run", **CALL)
 
 
 def test_row_not_finite_loss(clips, tmp_path, monkeypatch):
-    real = training.AaSPLearner.loss
-    monkeypatch.setattr(training.AaSPLearner, "loss", lambda self, b, g: (real(self, b, g)[0] * math.nan, real(self, b, g)[1]))
+    real = pretraining.AaSPLearner.loss
+    monkeypatch.setattr(pretraining.AaSPLearner, "loss", lambda self, b, g: (real(self, b, g)[0] * math.nan, real(self, b, g)[1]))
     with refused(TrainingError, "not finite", "bad_steps.json", "lower lr"): pretrain(config(steps=40), clips, tmp_path / "run", **CALL)
     assert len(json.loads((tmp_path / "run" / "bad_steps.json").read_text())) >= 20
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aasp_nb import doors
-from aasp_nb.training import CheckpointError
+from aasp_nb.runs import CheckpointError
 
 
 @pytest.fixture(scope="module")

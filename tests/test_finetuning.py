@@ -16,8 +16,9 @@ from aasp_nb.benchmarks import BENCHMARKS, append_results, read_results
 from aasp_nb.clips import write_clips
 from aasp_nb.data import Manifest
 from aasp_nb.finetuning import FINETUNE_PRESETS, RULES, FinetuneConfig, finetune, load_classifier
-from aasp_nb.pretraining import AaSPConfig, build_encoder
-from aasp_nb.training import latest_checkpoint, read_metrics, save_encoder
+from aasp_nb.config import AaSPConfig, build_encoder
+from aasp_nb.encoders import save_encoder
+from aasp_nb.runs import latest_checkpoint, read_metrics
 
 RUNS = Path(__file__).resolve().parent.parent / "nbs" / "runs"
 TINY = dict(embed_dim=16, depth=2, num_heads=2, sblu_hidden=2, sblu_dim=4, lambda_dim=8, predictor_heads=2, predictor_dim=16)

@@ -11,12 +11,14 @@ import pytest
 import soundfile as sf
 import torch
 
-import aasp_nb.training as training
+from aasp_nb import runs
 from aasp_nb.audio import AudioError, audio_info, load_audio
 from aasp_nb.clips import generate_clip
 from aasp_nb.data import Manifest, ManifestError, decode_once
-from aasp_nb.pretraining import AaSPConfig, ConfigError, build_encoder
-from aasp_nb.training import CheckpointError, latest_checkpoint, load_checkpoint, load_encoder, read_metrics, save_checkpoint, save_encoder
+from aasp_nb.config import AaSPConfig, build_encoder
+from aasp_nb.settings import ConfigError
+from aasp_nb.encoders import load_encoder, save_encoder
+from aasp_nb.runs import CheckpointError, latest_checkpoint, load_checkpoint, read_metrics, save_checkpoint
 
 COUNTS = dict(checkpoint=900, resealed=300, encoder=150, manifest=900, audio=300, metrics=150, cache=100)
 TINY = dict(embed_dim=16, depth=1, num_heads=1, sblu_hidden=1, sblu_dim=4, lambda_dim=4, views=2, predictor_dim=16, predictor_depth=1,
@@ -102,7 +104,7 @@ def test_states_that_were_changed_and_sealed_again(checkpoint):
             key = rng.choice([*place, "new"])
             if rng.random() < 0.3: place.pop(key, None)
             else: place[key] = rng.choice(odd)
-        file.write_text(json.dumps(state | dict(sha256=training._seal(state))))
+        file.write_text(json.dumps(state | dict(sha256=runs._seal(state))))
         try: load_checkpoint(checkpoint)
         except CheckpointError: pass
 
@@ -161,9 +163,9 @@ def test_metrics(tmp_path):
         path.write_bytes(mutate(rng, good, (b"\0" * 50, b"\n", b",", b'"', b"nan")))
         series = read_metrics(tmp_path)
         assert not series or len({len(v) for v in series.values()}) == 1
-        run = training.RunDir(tmp_path / f"r{n}")
+        run = runs.RunDir(tmp_path / f"r{n}")
         shutil.copy(path, run.path / "metrics.csv")
-        rows = training._metric_rows(run.path / "metrics.csv")
+        rows = runs._metric_rows(run.path / "metrics.csv")
         run.add_metrics(dict(step=99, loss=1.0, lr=0.1))
         assert read_metrics(run.path)["step"][-1] == 99
         run.close()

@@ -4,9 +4,9 @@ from copy import deepcopy
 import pytest
 import torch
 
-from aasp_nb import training
+from aasp_nb import loop, pretraining
 from aasp_nb.patch_embed import AaPE
-from aasp_nb.pretraining import AaSPConfig, draw_masks
+from aasp_nb.config import AaSPConfig, draw_masks
 
 
 @pytest.fixture
@@ -20,11 +20,11 @@ def no_waiting():
 
 @pytest.mark.cuda
 def test_no_step_waits_for_the_gpu(request):
-    learner = training.AaSPLearner(AaSPConfig.preset("tiny", batch_size=4, crop_seconds=1.0, norm_measure=False), "cuda")
+    learner = pretraining.build_learner(AaSPConfig.preset("tiny", batch_size=4, crop_seconds=1.0, norm_measure=False), "cuda")
     batch = dict(wave=(torch.randn(4, 16000) * 0.1).pin_memory(), valid_samples=torch.full((4,), 12000), index=torch.arange(4))
     for s in range(3): learner.step(batch, s)
     request.getfixturevalue("no_waiting")
-    window = training.Window()
+    window = loop.Window()
     for s in range(3, 8): window.add(s, learner.step(batch, s), batch["index"])
     torch.cuda.set_sync_debug_mode("default")
     assert window.flush()[0]["loss"] > 0

@@ -14,8 +14,8 @@ import pytest
 
 import aasp_nb
 from aasp_nb.patch_embed import AaPE
-from aasp_nb.pretraining import AaSPConfig, build_encoder
-from aasp_nb.training import load_encoder, save_encoder
+from aasp_nb.config import AaSPConfig, build_encoder
+from aasp_nb.encoders import load_encoder, save_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -86,8 +86,8 @@ def prepare(name: str, home: Path) -> None:
     from aasp_nb.clips import write_clips
     write_clips(home / "sounds", per_class=6, seed=0, seconds=0.5)
     if name in ("runs/compare_runs.ipynb", "runs/tables.ipynb"):
-        from aasp_nb.pretraining import AaSPConfig
-        from aasp_nb.training import pretrain
+        from aasp_nb.config import AaSPConfig
+        from aasp_nb.pretraining import pretrain
         for i, lr in enumerate((1e-3, 2e-3) if "compare" in name else ()):
             small = AaSPConfig.preset("tiny", depth=1, warmup_steps=1, crop_seconds=0.5, n_frames=None, lr=lr, **TINY)
             pretrain(small, home / "sounds", home / "runs" / f"run{i}", device="cpu", workers=0, log_every=1, progress="none")

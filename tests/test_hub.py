@@ -8,8 +8,8 @@ import torch
 from aasp_nb.audio import AudioError
 from aasp_nb.clips import generate_clip
 from aasp_nb.hub import AaSPEncoder
-from aasp_nb.pretraining import AaSPConfig, build_encoder
-from aasp_nb.training import CheckpointError
+from aasp_nb.config import AaSPConfig, build_encoder
+from aasp_nb.runs import CheckpointError
 
 TINY = dict(embed_dim=16, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=4, lambda_dim=8, predictor_heads=2, predictor_dim=16)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aasp_nb.pretraining import PRESETS, AaSPConfig, build_encoder, build_patch_embed, build_predictor
+from aasp_nb.config import PRESETS, AaSPConfig, build_encoder, build_patch_embed, build_predictor
 from aasp_nb.probing import PROBE_PRESETS
 
 TABLE_1 = dict(betas=(0.9, 0.95), lr=5e-4, min_lr=0.0, weight_decay=0.05, steps=600_000, warmup_steps=80_000,

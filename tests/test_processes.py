@@ -13,9 +13,10 @@ import torch
 from aasp_nb.audio import AudioError
 from aasp_nb.clips import generate_clip
 from aasp_nb.data import AudioDataset, Manifest
-from aasp_nb.pretraining import AaSP, AaSPConfig
+from aasp_nb.config import AaSPConfig, build, draw_masks
 from aasp_nb.processes import rank
-from aasp_nb.training import RunError, latest_checkpoint, pretrain, read_metrics
+from aasp_nb.pretraining import pretrain
+from aasp_nb.runs import RunError, latest_checkpoint, read_metrics
 
 STEPS = 24
 FIELDS = dict(embed_dim=32, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=8, lambda_dim=16, views=3, predictor_dim=32,
@@ -131,8 +132,9 @@ def test_numbers_of_processes_that_cannot_work(clips, tmp_path, monkeypatch):
 def test_every_parameter_has_a_gradient_in_every_step(fields):
     "DistributedDataParallel would wait for the ones without."
     given = {**FIELDS, "batch_size": 2, "lambda_depth": 1, "cnn_groups": 2, "n_frames": None, **fields}
-    model = AaSP(AaSPConfig.preset(given.pop("preset", "tiny"), **given))
-    model(torch.randn(2, 128, model.config.n_frames))[0].backward()
+    c = AaSPConfig.preset(given.pop("preset", "tiny"), **given)
+    model = build(c)
+    model(torch.randn(2, 128, c.n_frames), draw_masks(c, 2))[0].backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -140,7 +142,8 @@ def test_every_parameter_has_a_gradient_in_every_step(fields):
 def test_a_gpu_in_a_group_of_its_own(clips, tmp_path):
     "nccl with one process: the group, the averaged losses and DDP run on the GPU."
     from aasp_nb.processes import start_processes
-    from aasp_nb.training import _take_part, prepare_data, prepare_run, RunDir
+    from aasp_nb.pretraining import _take_part, prepare_data, prepare_run
+    from aasp_nb.runs import RunDir
     run = RunDir(tmp_path / "run")
     c = prepare_run(run, config(), prepare_data(config(), clips, False), torch.device("cuda"))
     run.close()

@@ -11,9 +11,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from aasp_nb.audio import AudioError
-from aasp_nb.data import AudioDataset, Manifest, ManifestError, StepSampler, crop, crop_rng, epoch_order, inside, join_clips, valid_frames
+from aasp_nb.audio import valid_frames
+from aasp_nb.data import (AudioDataset, Manifest, ManifestError, StepSampler, crop, crop_rng, epoch_order, inside,
+                          join_clips)
 from aasp_nb.masking import inverse_block_mask, masked_indices, num_visible, sample_queries, visible_indices
-from aasp_nb.pretraining import AaSPConfig, ConfigError, PRESETS
+from aasp_nb.config import AaSPConfig, PRESETS
+from aasp_nb.settings import ConfigError
 
 settings.register_profile("here", max_examples=60, deadline=None, derandomize=True,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

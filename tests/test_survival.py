@@ -18,12 +18,14 @@ import psutil
 import pytest
 import torch
 
-import aasp_nb.training as training
+from aasp_nb import files, loop, pretraining, runs
 from aasp_nb.cli import FINISHED, KERNEL_DIED, STOPPED, USAGE, slurm_script
 from aasp_nb.clips import write_clips
-from aasp_nb.pretraining import AaSPConfig
-from aasp_nb.training import (CheckpointError, Guard, RunDir, RunError, fit, latest_checkpoint, load_checkpoint, pretrain, read_metrics,
-                              save_checkpoint, step_folders)
+from aasp_nb.config import AaSPConfig
+from aasp_nb.loop import Guard, fit
+from aasp_nb.pretraining import pretrain
+from aasp_nb.runs import (CheckpointError, RunDir, RunError, latest_checkpoint, load_checkpoint, read_metrics,
+                          save_checkpoint, step_folders)
 
 FIELDS = dict(embed_dim=32, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=8, lambda_dim=16, views=2, predictor_dim=32,
               predictor_depth=1, predictor_heads=2, batch_size=2, crop_seconds=1.0, warmup_steps=4)
@@ -288,8 +290,8 @@ def test_twenty_kills_at_random_moments(clips, home, tmp_path):
 
 
 CELL = """
-from aasp_nb.pretraining import AaSPConfig
-from aasp_nb.training import pretrain
+from aasp_nb.config import AaSPConfig
+from aasp_nb.pretraining import pretrain
 config = AaSPConfig.preset("tiny", **{fields})
 out = pretrain(config, {data!r}, {run!r}, device="cpu", cache=False, workers=1, log_every=1, progress="none")
 print(out["status"], out["reason"])
@@ -392,8 +394,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, clips, dam
 
 def test_writing_a_checkpoint_blocks_training_for_a_copy_only(tmp_path, monkeypatch):
     run, slow = RunDir(tmp_path / "run"), save_checkpoint
-    monkeypatch.setattr(training, "save_checkpoint", lambda *a: (time.sleep(0.5), slow(*a)))
-    saver, x = training.Saver(run), torch.zeros(10)
+    monkeypatch.setattr(runs, "save_checkpoint", lambda *a: (time.sleep(0.5), slow(*a)))
+    saver, x = runs.Saver(run), torch.zeros(10)
     begin = time.monotonic()
     saver.save(1, dict(model=dict(x=x)), {})
     assert time.monotonic() - begin < 0.25
@@ -430,7 +432,7 @@ def test_a_disk_too_small_is_refused_at_the_start(clips, mount):
 def test_a_disk_that_fills_up_ends_the_run_soon_and_the_run_goes_on_later(clips, mount, tmp_path):
     place = mount("40m")
     filler, calls = place / "filler", []
-    real = training.Learner.step
+    real = loop.Learner.step
 
     def step(self, batch, s):
         if s == 6: filler.write_bytes(b"x" * (shutil.disk_usage(place).free - 65536))
@@ -438,7 +440,7 @@ def test_a_disk_that_fills_up_ends_the_run_soon_and_the_run_goes_on_later(clips,
         return real(self, batch, s)
 
     with pytest.MonkeyPatch.context() as m, pytest.raises(RunError, match="[Nn]o space left.*resume"):
-        m.setattr(training.Learner, "step", step)
+        m.setattr(loop.Learner, "step", step)
         pretrain(calm(steps=100), clips, place / "run", save_every=4, **CALL)
     assert len(calls) < 20  # not at the next checkpoint but one, and not at the end
     assert latest_checkpoint(place / "run" / "checkpoints")[2]["step"] >= 4
@@ -450,7 +452,7 @@ def test_a_disk_that_fills_up_ends_the_run_soon_and_the_run_goes_on_later(clips,
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
 def test_errors_of_the_disk_are_said_clearly(clips, tmp_path, monkeypatch, code):
     def broken(*a): raise OSError(code, os.strerror(code))
-    monkeypatch.setattr(training, "save_checkpoint", broken)
+    monkeypatch.setattr(runs, "save_checkpoint", broken)
     with pytest.raises(RunError, match=f"cannot write.*{os.strerror(code)}.*resume"):
         pretrain(calm(steps=40), clips, tmp_path / "run", save_every=2, **CALL)
     assert last(tmp_path / "run") < 10
@@ -467,7 +469,7 @@ def test_read_only_run_folder(clips, mount):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 @pytest.mark.parametrize("how", ["removed", "moved"])
 def test_vanished_run_folder_is_found_at_once(clips, tmp_path, how):
-    run, real, calls = tmp_path / "run", training.Learner.step, []
+    run, real, calls = tmp_path / "run", loop.Learner.step, []
 
     def step(self, batch, s):
         if s == 3: shutil.rmtree(run) if how == "removed" else run.rename(tmp_path / "elsewhere")
@@ -475,14 +477,14 @@ def test_vanished_run_folder_is_found_at_once(clips, tmp_path, how):
         return real(self, batch, s)
 
     with pytest.MonkeyPatch.context() as m, pytest.raises(RunError, match="gone|vanished"):
-        m.setattr(training.Learner, "step", step)
+        m.setattr(loop.Learner, "step", step)
         pretrain(calm(steps=60), clips, run, save_every=5, **CALL)
     assert len(calls) < 8 and not run.exists()
 
 
 def test_second_run_in_the_same_folder(clips, trained, tmp_path):
     first = RunDir(tmp_path / "run")
-    training.write_json(first.path / "config.json", {})
+    files.write_json(first.path / "config.json", {})
     with pytest.raises(RunError, match="another process"): RunDir(tmp_path / "run", resume="auto")
     first.close()
     RunDir(tmp_path / "run", resume=True).close()
@@ -507,7 +509,7 @@ def test_no_step_waits_for_the_device(clips, tmp_path):
     "Values are read from the device every `log_every` steps only: counted where every `item`, `bool` and `float` ends."
     import traceback
     from torch.utils._python_dispatch import TorchDispatchMode
-    reads, package = [], str(Path(training.__file__).parent)  # not by name: a checkout with its .venv has it too
+    reads, package = [], str(Path(pretraining.__file__).parent)  # not by name: a checkout with its .venv has it too
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -517,7 +519,7 @@ def test_no_step_waits_for_the_device(clips, tmp_path):
                 if not on_cpu_only: reads.append(lines[-1])
             return func(*args, **(kwargs or {}))
 
-    learner, window = training.AaSPLearner(calm(batch_size=4)), training.Window()
+    learner, window = pretraining.build_learner(calm(batch_size=4)), loop.Window()
     batch = dict(wave=torch.randn(4, 16000) * 0.1, valid_samples=torch.full((4,), 12000), index=torch.arange(4))
     ready = learner.prepare(batch, 0)  # masks and padding are made on the CPU, ahead of the device
     learner.prepare = lambda *a: dict(ready)
@@ -528,13 +530,13 @@ def test_no_step_waits_for_the_device(clips, tmp_path):
 
 
 def test_collapse_alarm_of_a_run(clips, tmp_path, monkeypatch, capsys):
-    real = training.AaSPLearner.loss
+    real = pretraining.AaSPLearner.loss
 
     def flat(self, batch, generator):
         loss, logs = real(self, batch, generator)
         return loss, logs | dict(target_std=logs["target_std"] * 0)
 
-    monkeypatch.setattr(training.AaSPLearner, "loss", flat)
+    monkeypatch.setattr(pretraining.AaSPLearner, "loss", flat)
     out = pretrain(calm(steps=8), clips, tmp_path / "run", **CALL)
     assert [a["series"] for a in out["alarms"]] == ["target_std"] and out["alarms"][0]["step"] == 4  # not in the warm-up, and once
     assert "COLLAPSE ALARM" in capsys.readouterr().out and "COLLAPSE ALARM" in (tmp_path / "run" / "log.txt").read_text()
@@ -544,10 +546,10 @@ def test_bad_steps_leave_the_weights_alone_and_are_counted(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
 
-    class Toy(training.Learner):
+    class Toy(loop.Learner):
         def loss(self, batch, generator): return self.model(batch["x"]).square().mean(), {}
 
-    toy = Toy(model, training.make_optimizer(model, 0.1), lambda s: 0.1)
+    toy = Toy(model, loop.make_optimizer(model, 0.1), lambda s: 0.1)
     good, bad = torch.ones(2, 4), torch.full((2, 4), float("inf"))
     toy.step(dict(x=good), 0)
     before = [p.clone() for p in model.parameters()]
@@ -563,7 +565,7 @@ def test_gradient_norm_is_clipped_and_logged(tmp_path):
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
 
-    class Toy(training.Learner):
+    class Toy(loop.Learner):
         def loss(self, batch, generator): return self.model(batch["x"]).sum() * 100, {}
 
     toy = Toy(model, torch.optim.SGD([dict(params=model.parameters(), names=["weight"])], 1.0), lambda s: 1.0, grad_clip=0.5)
@@ -576,19 +578,19 @@ def test_gradient_norm_is_clipped_and_logged(tmp_path):
                                    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_says_which_parameter_to_change(clips, tmp_path, monkeypatch, error):
     def step(self, batch, s): raise error
-    monkeypatch.setattr(training.Learner, "step", step)
+    monkeypatch.setattr(loop.Learner, "step", step)
     with pytest.raises(RunError, match="out of memory.*accumulation_steps.*batch_size.*views"):
         pretrain(calm(), clips, tmp_path / "run", **CALL)
 
 
 def test_devices_that_are_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RunError, match='no GPU.*device="cpu"'): training.pick_device("cuda")
-    with pytest.raises(RunError, match="unknown device"): training.pick_device("gpu")
+    with pytest.raises(RunError, match='no GPU.*device="cpu"'): loop.pick_device("cuda")
+    with pytest.raises(RunError, match="unknown device"): loop.pick_device("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Old GPU")
-    with pytest.raises(RunError, match="Old GPU has no bf16: set precision to fp32"): training.pick_device("cuda", "bf16")
+    with pytest.raises(RunError, match="Old GPU has no bf16: set precision to fp32"): loop.pick_device("cuda", "bf16")
 
 
 # --- what people see -----------------------------------------------------------------------------------------------------
@@ -598,7 +600,7 @@ def test_picture_of_the_losses_is_replaced_in_place(trained, monkeypatch):
     import IPython.display
     from types import SimpleNamespace
     from unittest.mock import MagicMock
-    shown, updated, picture = [], [], training.Picture(trained, every=0)
+    shown, updated, picture = [], [], loop.Picture(trained, every=0)
     picture.draw()  # no notebook: nothing
     monkeypatch.setattr(IPython, "get_ipython", lambda: MagicMock())
     monkeypatch.setattr(IPython.display, "display", lambda fig, display_id: shown.append(fig) or SimpleNamespace(update=updated.append))
@@ -610,13 +612,13 @@ def test_picture_of_the_losses_is_replaced_in_place(trained, monkeypatch):
 def test_a_run_that_has_stopped_keeps_no_model(clips, tmp_path, monkeypatch):
     import gc
     import weakref
-    models, real = weakref.WeakSet(), training.AaSPLearner.__init__
+    models, real = weakref.WeakSet(), pretraining.AaSPLearner.__init__
 
-    def init(self, *a):
-        real(self, *a)
+    def init(self, *a, **kw):
+        real(self, *a, **kw)
         models.add(self.model)
 
-    monkeypatch.setattr(training.AaSPLearner, "__init__", init)
+    monkeypatch.setattr(pretraining.AaSPLearner, "__init__", init)
     pretrain(calm(), clips, tmp_path / "run", max_minutes=1e-9, **CALL)
     gc.collect()
     assert not len(models)

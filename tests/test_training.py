@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from aasp_nb.clips import write_clips
-from aasp_nb.pretraining import AaSPConfig
-from aasp_nb.training import (CheckpointError, RunError, TrainingError, latest_checkpoint, load_checkpoint, load_encoder, pretrain,
-                              read_metrics, step_folders)
+from aasp_nb.config import AaSPConfig
+from aasp_nb.encoders import load_encoder
+from aasp_nb.loop import TrainingError
+from aasp_nb.pretraining import pretrain
+from aasp_nb.runs import CheckpointError, RunError, latest_checkpoint, load_checkpoint, read_metrics, step_folders
 
 sys.path.insert(0, str(Path(__file__).parent))
 from golden_tiny import FILE, golden_losses  # noqa: E402
@@ -65,15 +67,15 @@ def test_golden_curve_mean_of_200(tmp_path):
 
 RUN = """
 import sys, json
-from aasp_nb.pretraining import AaSPConfig
-from aasp_nb.training import pretrain
+from aasp_nb.config import AaSPConfig
+from aasp_nb.pretraining import pretrain
 data, run, fields = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-import aasp_nb.training as t
-step = t.AaSPLearner.step
+from aasp_nb import loop, pretraining
+step = pretraining.AaSPLearner.step
 def told(self, batch, s):
     print(s, flush=True)
     return step(self, batch, s)
-t.AaSPLearner.step = told
+pretraining.AaSPLearner.step = told
 r = pretrain(AaSPConfig.preset("tiny", **fields), data, run, resume="auto", device="cpu", cache=False, workers=1, log_every=1,
              save_every=5, progress="none")
 print("status", r["status"], r["reason"], flush=True)
@@ -174,8 +176,8 @@ def test_time_limit_and_best_checkpoint(clips, tmp_path):
 # --- what stops a run ---------------------------------------------------------------------------------------------
 
 def test_losses_that_are_not_finite_are_skipped_counted_and_stop_the_run(clips, tmp_path, monkeypatch):
-    import aasp_nb.training as training
-    real = training.AaSPLearner.loss
+    from aasp_nb import loop, pretraining
+    real = pretraining.AaSPLearner.loss
 
     def broken(self, batch, generator):
         loss, logs = real(self, batch, generator)
@@ -183,10 +185,10 @@ def test_losses_that_are_not_finite_are_skipped_counted_and_stop_the_run(clips, 
 
     def step(self, batch, s):
         self.now = s
-        return training.Learner.step(self, batch, s)
+        return loop.Learner.step(self, batch, s)
 
-    monkeypatch.setattr(training.AaSPLearner, "loss", broken)
-    monkeypatch.setattr(training.AaSPLearner, "step", step, raising=False)
+    monkeypatch.setattr(pretraining.AaSPLearner, "loss", broken)
+    monkeypatch.setattr(pretraining.AaSPLearner, "step", step, raising=False)
     with pytest.raises(TrainingError, match="not finite"): pretrain(config(steps=60), clips, tmp_path / "run", **CALL)
     bad = json.loads((tmp_path / "run" / "bad_steps.json").read_text())
     assert [b["step"] for b in bad] == list(range(3, 23)) and all(len(b["clips"]) == 4 for b in bad)
@@ -223,7 +225,7 @@ def text(nb):
 
 
 def test_notebook_has_its_tag_and_every_field_of_the_configuration():
-    from aasp_nb.training import _assigned
+    from aasp_nb.settings import _assigned
     nb = notebook()
     code = [c for c in nb.cells if c.cell_type == "code"]
     assert "skip_exec: true" in nb.cells[0].source and nb.cells[0].cell_type == "raw"

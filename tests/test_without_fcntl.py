@@ -8,7 +8,7 @@ sys.modules["fcntl"] = None      # importing it raises ImportError
 import importlib, pathlib, tempfile
 for name in "data shards benchmarks training hub doors probing finetuning alias_lab window_dashboard".split():
     importlib.import_module("aasp_nb." + name)
-from aasp_nb.training import RunDir
+from aasp_nb.runs import RunDir
 with tempfile.TemporaryDirectory() as folder: RunDir(pathlib.Path(folder) / "run").close()
 print("opened")
 """
