@@ -13,6 +13,8 @@ import numpy as np
 import soundfile as sf
 import torch
 
+from .files import replacing, write_json
+
 # %% ../nbs/00a_clips.ipynb #fedc866c
 CLASSES = ("am_slow", "am_fast", "fm_slow", "fm_fast", "clicks_slow", "clicks_fast", "chirp", "noise", "pluck", "voice")
 MODULATION_RATES = dict(am_slow=(1.0, 2.6), am_fast=(5.0, 25.0), fm_slow=(1.0, 2.6), fm_fast=(5.0, 15.0),
@@ -187,9 +189,7 @@ def clip_table(
 def _write_clip(path, row, recipe):
     "One clip as a 16-bit wav, complete or not at all."
     wave = generate_clip(row["label"], row["index"], recipe["seed"], recipe["sr"], recipe["seconds"])
-    part = path.with_suffix(".part")
-    sf.write(part, wave.numpy(), recipe["sr"], subtype="PCM_16", format="WAV")
-    os.replace(part, path)
+    with replacing(path, durable=False) as part: sf.write(part, wave.numpy(), recipe["sr"], subtype="PCM_16", format="WAV")
 
 # %% ../nbs/00a_clips.ipynb #4b1c04b7
 def _fill_folder(folder, rows, recipe, size):
@@ -198,11 +198,10 @@ def _fill_folder(folder, rows, recipe, size):
     for row in rows:
         path = folder / row["path"]
         if not path.exists() or path.stat().st_size != size: _write_clip(path, row, recipe)
-    with open(folder / "manifest.part", "w", newline="") as f:
+    with replacing(folder / "manifest.csv") as part, open(part, "w", newline="") as f:
         out = csv.DictWriter(f, ["path", "label", "split", "fold", "group"], extrasaction="ignore")
         out.writeheader(); out.writerows(rows)
-    os.replace(folder / "manifest.part", folder / "manifest.csv")
-    (folder / "clips.json").write_text(json.dumps(recipe, indent=1))
+    write_json(folder / "clips.json", recipe)
 
 # %% ../nbs/00a_clips.ipynb #47059854
 def _same_recipe(folder, recipe):

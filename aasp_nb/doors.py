@@ -9,7 +9,6 @@ __all__ = ['DEMO', 'EVAR_YAML', 'open_encoder', 'HearModel', 'load_model', 'chec
 
 # %% ../nbs/19_doors.ipynb #2ccfdb8d
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from .audio import AudioError
 from .hub import AaSPEncoder, as_wave
 from .patch_embed import AaPE
 from .config import AaSPConfig, build_encoder
+from .files import replacing
 
 # %% ../nbs/19_doors.ipynb #8d9bdedf
 DEMO = Path(aasp_nb.__file__).parent / "assets" / "demo_checkpoint_generated_clips"
@@ -345,10 +345,5 @@ def export_onnx(
     path = Path(path).expanduser()
     program = _traced(model.encoder, model.config.n_mels, model.config.grid[1])
     program.model.metadata_props.update(aasp_config=json.dumps(model.config.to_dict()))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        program.save(part)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    with replacing(path) as part: program.save(part)
     return path

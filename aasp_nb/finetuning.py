@@ -6,9 +6,9 @@
 __all__ = ['FINETUNE_PRESETS', 'BALANCE', 'RULES', 'FinetuneConfig', 'FinetuneModel', 'finetune_model', 'layer_index',
            'layer_groups', 'mixup', 'spec_augment', 'visible_patches', 'uses_bce', 'as_targets', 'classification_loss',
            'balanced_weights', 'Parts', 'split_clips', 'PartReader', 'longest_frames', 'predict', 'Selection',
-           'Evaluation', 'write_tensors', 'save_classifier', 'front_config', 'Classifier', 'load_classifier',
-           'FinetuneLearner', 'start_digest', 'Task', 'prepare_task', 'finetune', 'as_finetune_config', 'make_learner',
-           'task_loader', 'finetune_all', 'finetune_summary', 'finetune_table', 'record_results', 'hours_heard']
+           'Evaluation', 'save_classifier', 'front_config', 'Classifier', 'load_classifier', 'FinetuneLearner',
+           'start_digest', 'Task', 'prepare_task', 'finetune', 'as_finetune_config', 'make_learner', 'task_loader',
+           'finetune_all', 'finetune_summary', 'finetune_table', 'record_results', 'hours_heard']
 
 # %% ../nbs/12_finetuning.ipynb #365f7683
 import hashlib
@@ -47,7 +47,7 @@ from .files import write_json
 from .loop import (Guard, Learner, TrainingError, cosine_warmup, fit, param_groups, pick_device, restore,
                           step_generator)
 from .pretraining import describe_data, prepare_data
-from .runs import CheckpointError, RunDir, RunError, check_same, environment, read_metrics
+from .runs import CheckpointError, RunDir, RunError, check_same, environment, read_metrics, write_tensors
 
 # %% ../nbs/12_finetuning.ipynb #c4412d74
 @dataclass(frozen=True)
@@ -466,17 +466,6 @@ class Evaluation:
             write_tensors(self.folder / f"predictions-{rule}.safetensors", dict(
                 logits=torch.from_numpy(logits), targets=torch.as_tensor(targets), rows=torch.as_tensor(rows)))
             if rule == "validation" and self.save_model: self.save_model(model, self.folder / rule)
-
-# %% ../nbs/12_finetuning.ipynb #cf2398dd
-def write_tensors(
-    path: str | Path,  # file to write or replace
-    tensors: dict,  # name -> tensor
-):
-    "Write a safetensors file atomically."
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp)
-    os.replace(tmp, path)
 
 # %% ../nbs/12_finetuning.ipynb #31eb4438
 def save_classifier(

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .files import replacing
+
 # %% ../nbs/09b_processes.ipynb #8ca21e67
 class StopRequest:
     "Context in which SIGTERM, SIGUSR1 and SIGINT ask for a clean stop; `reason` is the signal's name or None."
@@ -154,8 +156,7 @@ def _hand_over(e: Exception, folder: Path, number: int):
     e.add_note(f"In process {number}:\n" + "".join(traceback.format_exception(e)[:-1]))
     try: data = pickle.dumps(e); pickle.loads(data)
     except Exception: data = pickle.dumps(RuntimeError(f"{type(e).__name__}: {e}"))
-    (folder / f".error-{number}").write_bytes(data)
-    os.replace(folder / f".error-{number}", folder / f"error-{number}")
+    with replacing(folder / f"error-{number}") as part: part.write_bytes(data)
 
 def _member(function, folder: str, parent: int, device: str, args: tuple):
     "What a started process runs; it leaves with an exit code where it cannot return."

@@ -183,8 +183,7 @@ def _write_tar(
     sr: int | None,  # see `make_shards`
 ) -> dict:  # name, bytes, sha256, clips
     "Write one tar under a hidden name and give it its own when it is on the disk."
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as raw:
+    with replacing(path) as part, open(part, "wb") as raw:
         out = _Hashed(raw)
         with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for i in rows:
@@ -193,8 +192,6 @@ def _write_tar(
                 with f:
                     _add(tar, f"{i:09d}.json", io.BytesIO(text), len(text))
                     _add(tar, f"{i:09d}{suffix}", f, size)
-        raw.flush(), os.fsync(raw.fileno())
-    os.replace(part, path)
     return dict(name=path.name, bytes=out.bytes, sha256=out.hash.hexdigest(), clips=len(rows))
 
 # %% ../nbs/09a_shards.ipynb #b99be1d6
