@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['BENCH_VERSION', 'TASKS', 'PATCH_FRAMES', 'FRAME_RATE', 'CLIPS_PER_CARRIER', 'RATES', 'SLOW', 'PITCHES', 'PENALTIES',
            'striped', 'bench_row', 'bench_wave', 'bench_target', 'bench_label', 'BenchData', 'bench_data',
-           'write_bench', 'ridge_probe', 'bench_score', 'nuisances']
+           'write_bench', 'ridge_probe', 'bench_score', 'nuisances', 'token_features', 'grid_tokens', 'score_tokens',
+           'raw_patches', 'first_frames', 'untrained_embedding', 'modulation_ceiling']
 
 # %% ../nbs/14a_aliasbench.ipynb #f6e2fbd7
 import csv, json, math, os, shutil, tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 import torch
-from torch import nn
 
 from .audio import LogMel
 from .patch_embed import StandardPatchEmbed, patch_grid, patchify
+from .stability import modulation_spectrum
 from .windows import fold_frequency
 
 # %% ../nbs/14a_aliasbench.ipynb #4a0ec98d
@@ -78,7 +79,7 @@ def bench_row(
     if task not in TASKS: raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     if index < 0 or seed < 0: raise ValueError(f"index and seed must be 0 or more, got {index}, {seed}")
     if frames < 208 or frames % PATCH_FRAMES:
-        raise ValueError(f"frames must be a multiple of {PATCH_FRAMES}, at least 208 (two periods of 1 Hz), got {frames}")
+        raise ValueError(f"frames must be a multiple of {PATCH_FRAMES}, at least 208 (2 periods of 1 Hz), got {frames}")
     carrier = index // CLIPS_PER_CARRIER
     split, own = _PARTS[carrier % 5], _stream("noise", task, index, seed)
     pitch = striped(_stream("carrier", task, carrier, seed), *PITCHES, split == "test")
@@ -280,3 +281,80 @@ def nuisances(
     plain = torch.stack([length, power.log(), crest], 1)
     x = [plain, data.logmel.mean(-1)] + [data.logmel.std(-1)] * deviation
     return torch.cat(x, 1).numpy()
+
+# %% ../nbs/14a_aliasbench.ipynb #3cdbfb94
+def token_features(
+    tokens: torch.Tensor, # [B, N_f, N_t, D], N_t at least 2
+    mixtures: int = 256, # random mixtures of the channels beside them, the same for all clips; 0: none
+) -> torch.Tensor: # [B, 3 (D + mixtures)] float32
+    "Mean, log deviation over time and correlation of neighbours in time of every channel. Raises `ValueError`."
+    if tokens.ndim != 4 or tokens.shape[2] < 2:
+        raise ValueError(f"tokens must be [B, N_f, N_t, D] with at least two in time, got {tuple(tokens.shape)}")
+    tokens, D = tokens.float(), tokens.shape[-1]
+    mix = np.random.default_rng(BENCH_VERSION).standard_normal((D, mixtures)) / D ** 0.5
+    tokens = torch.cat([tokens, tokens @ torch.from_numpy(mix).to(tokens)], -1)
+    moving = tokens - tokens.mean(2, keepdim=True)
+    power = moving.square().mean((1, 2)) + 1e-8
+    near = (moving[:, :, 1:] * moving[:, :, :-1]).mean((1, 2)) / power
+    return torch.cat([tokens.mean((1, 2)), power.log() / 2, near], 1)
+
+# %% ../nbs/14a_aliasbench.ipynb #86a5c4dc
+def grid_tokens(
+    module, # `AudioViT`, a patch embedding with `grid` (ours), or a function [B, F, T] -> [B, N_f, N_t, D]
+): # -> function from standardised log-mel [B, F, T] to tokens [B, N_f, N_t, D], without CLS and gradients
+    "Anything that makes tokens, as one kind of function. Raises `ValueError`."
+    if not callable(module): raise ValueError(f"needs an encoder, a patch embedding or a function, got {module!r}")
+    inner = getattr(module, "patch_embed", None)
+    @torch.no_grad()
+    def run(x):
+        was = getattr(module, "training", False)
+        if was: module.eval()
+        try:
+            if hasattr(inner, "grid"): return module.forward_features(x, cls=False).unflatten(1, inner.grid(x))
+            return module(x).unflatten(1, module.grid(x)) if hasattr(module, "grid") else module(x)
+        finally:
+            if was: module.train()
+    return run
+
+def score_tokens(
+    module, # what `grid_tokens` takes
+    data: BenchData, # of `bench_data`
+    batch_size: int = 100, # clips per forward pass; does not change the result
+) -> dict: # of `bench_score`
+    "Score an embedding or an encoder on one task."
+    run = grid_tokens(module)
+    features = torch.cat([token_features(run(x)) for x in data.logmel.split(batch_size)])
+    return bench_score(features.numpy(), data)
+
+# %% ../nbs/14a_aliasbench.ipynb #1fe6beae
+def raw_patches(
+    x: torch.Tensor, # [B, F, T], multiples of 16
+) -> torch.Tensor: # [B, F / 16, T / 16, 256]
+    "The oracle: all values of a patch, as they are."
+    return patchify(x, (16, PATCH_FRAMES)).unflatten(1, patch_grid(x.shape[-2:], (16, PATCH_FRAMES)))
+
+def first_frames(
+    x: torch.Tensor, # [B, F, T], multiples of 16
+) -> torch.Tensor: # [B, F / 16, T / 16, 16]
+    "The first frame of every patch: sampling at 6.25 Hz without a filter."
+    return x[..., ::PATCH_FRAMES].unflatten(1, (-1, 16)).transpose(2, 3)
+
+def untrained_embedding(
+    width: int, # channels, a multiple of 4; below 256 something is lost
+    seed: int = 0, # of the weights
+) -> StandardPatchEmbed: # for 128 bands and clips of any length
+    "A linear patch embedding as it is before training."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return StandardPatchEmbed((128, 208), (16, PATCH_FRAMES), width)
+
+# %% ../nbs/14a_aliasbench.ipynb #c6e643c6
+def modulation_ceiling(
+    data: BenchData, # of `bench_data`
+) -> np.ndarray: # [N, 14]
+    "Log share of the modulation energy in overlapping bands half an octave apart, over all mel bands: no patches."
+    rates, amplitude = modulation_spectrum(data.logmel)
+    centre = torch.arange(-1, 6, 0.5, dtype=rates.dtype)                                     # octaves above 1 Hz
+    weight = (1 - (rates.clamp_min(0.2).log2()[:, None] - centre).abs() / 0.5).clamp_min(0)
+    energy = amplitude.square().mean(1) @ weight
+    return (energy / energy.sum(1, keepdim=True) + 1e-3).log().numpy()
