@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['FINISHED', 'FAILED', 'USAGE', 'KERNEL_DIED', 'STOPPED', 'UsageError', 'run_notebooks', 'find_notebook', 'literal',
-           'declared', 'typed', 'check_parameters', 'Forwarder', 'execute', 'launch', 'main', 'slurm_script']
+           'declared', 'check_parameters', 'Forwarder', 'execute', 'launch', 'main', 'slurm_script']
 
 # %% ../nbs/doors/20_cli.ipynb #b90d30b3
-import argparse, contextlib, difflib, json, os, shlex, signal, socket, sys, tempfile, time
+import argparse, contextlib, difflib, json, os, shlex, signal, sys, tempfile, time
 from pathlib import Path
 
 import nbformat
-from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
 from nbclient.exceptions import DeadKernelError
 from papermill import execute_notebook, inspect_notebook
 from papermill.clientwrap import PapermillNotebookClient
@@ -64,15 +63,6 @@ def declared(
     return inspect_notebook(str(notebook))
 
 # %% ../nbs/doors/20_cli.ipynb #e5939711
-def typed(
-    notebook: Path,  # a run notebook
-    name: str,  # a parameter
-    text: str,  # from the command line
-):  # text where the notebook declares text (a run called 007, a git hash like 12e4567), else what `literal` reads
-    "The value of a parameter as its notebook means it."
-    kind = declared(notebook).get(name, {}).get("inferred_type_name", "None")
-    return text if kind.split("|")[0].strip() == "str" else literal(text)
-
 def check_parameters(
     notebook: Path,  # a run notebook
     parameters: dict,  # name -> value
@@ -111,8 +101,7 @@ class Forwarder:
 
     def __enter__(self):
         for name in self.PASSED:
-            number = getattr(signal, name, None)
-            if number is None: continue  # not on this system
+            number = getattr(signal, name)
             if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN: continue
             self._old[number] = signal.signal(number, self._handle)
         return self
@@ -177,7 +166,7 @@ def execute(
         os.environ["AASP_STATUS"], _Engine.forwarder = str(status), forwarder
         try:
             execute_notebook(str(notebook), str(out), parameters, engine_name="aasp", progress_bar=False,
-                             store_widget_state=False, kernel_name=NATIVE_KERNEL_NAME, language="python", **shown)
+                             store_widget_state=False, **shown)
             code = FINISHED
         except PapermillExecutionError as e: code, error = FAILED, _error(e)
         except (DeadKernelError, RuntimeError) as e: code, error = KERNEL_DIED, str(e)
@@ -188,14 +177,6 @@ def execute(
     return code, _explain(code, forwarder.received, told, error)
 
 # %% ../nbs/doors/20_cli.ipynb #0b18a667
-def _other_kernel(notebook: Path) -> str:
-    "A line where a notebook was saved under another kernel; raises `UsageError` where that speaks another language."
-    spec = nbformat.read(notebook, 4).metadata.get("kernelspec", {})
-    name, language = spec.get("name", NATIVE_KERNEL_NAME), spec.get("language") or "python"
-    if language.lower() != "python": raise UsageError(f"{notebook} is written in {language}: this runs Python notebooks")
-    if name in (NATIVE_KERNEL_NAME, "python"): return ""
-    return f"{notebook.name} was saved under the kernel {name!r}; it runs with this Python, {sys.executable}"
-
 def launch(
     notebook: str | Path,  # path, or the name of a run notebook
     out: str | Path,  # output notebook
@@ -206,7 +187,6 @@ def launch(
     "Run a notebook so that signals lose nothing; raises `UsageError` before anything is started."
     notebook, out, parameters = find_notebook(str(notebook)), Path(out).absolute(), parameters or {}
     check_parameters(notebook, parameters)
-    if line := _other_kernel(notebook): print(f"aasp: {line}", flush=True)
     if out.exists() and out.samefile(notebook):
         raise UsageError(f"{out} is the notebook itself: give another output path")
     try:
@@ -221,13 +201,13 @@ def launch(
 
 # %% ../nbs/doors/20_cli.ipynb #20dd8fe7
 def _given(args: argparse.Namespace) -> dict:
-    "Parameters from a JSON file, from -p and from -r (always text), the latter last."
-    out, notebook = {}, find_notebook(args.notebook)
+    "Parameters from a JSON file and from -p, the latter last."
+    out = {}
     for path in args.file or ():
         try: out |= json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError) as e:
             raise UsageError(f"{path} holds no JSON object of parameters: {e}") from e
-    return out | {n: typed(notebook, n, v) for n, v in args.parameter or ()} | dict(args.raw or ())
+    return out | {n: literal(v) for n, v in args.parameter or ()}
 
 def _run(args) -> int:
     "Run a notebook; signals leave a checkpoint."
@@ -253,11 +233,6 @@ def _dashboards(args):
     from aasp_nb.dashboards import serve
     if not Path(args.path).exists():
         raise UsageError(f"{args.path} does not exist: give a notebook or a folder of notebooks")
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try: s.bind(("127.0.0.1", args.port))
-        except (OSError, OverflowError) as e:
-            raise UsageError(f"port {args.port} cannot be used ({e}): is a dashboard running already? --port takes another") from e
     serve(args.path, port=args.port)
 
 def _slurm(args) -> int:
@@ -292,7 +267,6 @@ def _parser() -> argparse.ArgumentParser:
     for p in (run, slurm):
         p.add_argument("out", help="output notebook")
         p.add_argument("-p", "--parameter", nargs=2, action="append", metavar=("NAME", "VALUE"), help="a parameter")
-        p.add_argument("-r", "--raw", nargs=2, action="append", metavar=("NAME", "TEXT"), help="a parameter that is text")
         p.add_argument("-f", "--file", action="append", help="JSON file of parameters")
     run.add_argument("--retries", type=int, default=0, help="start again this often if the kernel is killed")
     run.add_argument("--quiet", action="store_true", help="do not show what the cells print")
@@ -351,8 +325,7 @@ def slurm_script(
 ) -> str:  # for sbatch
     "A Slurm job that stops with a checkpoint before its time limit and queues itself again."
     word = lambda text: '"$task"'.join(shlex.quote(p) if p else "" for p in str(text).split("{task}")) or "''"
-    flag = lambda v: "-r" if isinstance(v, str) and literal(v) != v else "-p"  # text that looks like a number
-    parts = ["run", notebook, out] + [x for n, v in (parameters or {}).items() for x in (flag(v), n, v)]
+    parts = ["run", notebook, out] + [x for n, v in (parameters or {}).items() for x in ("-p", n, v)]
     options = ([f"--array={array}"] if array else []) + list(sbatch)
     command = " ".join([shlex.quote(sys.executable), "-m", "aasp_nb.cli", *map(word, parts)])
     return _SCRIPT.format(time=time, more="".join(f"#SBATCH {o}\n" for o in options), command=command)

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from .audio import AudioError, audio_info, check_channel, load_audio, valid_frames
-from .files import lock_file, writable
+from .files import lock_file, replacing
 
 # %% ../nbs/lab/09_data.ipynb #d48e2593
 def aasp_home(
@@ -710,7 +710,7 @@ def decode_once(
 ) -> CachedReader:  # reads from the cache
     "Decode every clip once into a memory-mapped file; a cache that is there already is used as it is."
     from concurrent.futures import ThreadPoolExecutor
-    parent = writable(folder or aasp_home("cache", "decoded"), "set AASP_HOME to a folder of yours, or pass cache=False")
+    parent = Path(folder or aasp_home("cache", "decoded"))
     final = parent / _digest(manifest, sr, check_channel(channel))
     if final.is_dir():
         try: return CachedReader(final)

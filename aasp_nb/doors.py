@@ -256,7 +256,7 @@ def make_timm(
     checkpoint: str | Path | None = None,  # encoder folder, run folder or checkpoint; replaces the preset
     num_classes: int = 0,
     global_pool: str = "token",
-    drop_path_rate: float | None = None,  # timm's name for `drop_path`; None: the checkpoint's, or 0
+    drop_path_rate: float = 0.0,  # timm's name for `drop_path`
     in_chans: int = 1,
     pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None,  # timm's own; not used
     **fields,  # of `AaSPConfig`
@@ -268,13 +268,8 @@ def make_timm(
     if checkpoint is not None:
         if fields: raise ValueError(f"{', '.join(fields)}: the checkpoint brings its own configuration")
         model = open_encoder(checkpoint)
-        config, encoder = model.config, model.encoder
-        if drop_path_rate is not None:
-            config = config.replace(drop_path=drop_path_rate)
-            encoder = build_encoder(config).eval()
-            encoder.load_state_dict(model.encoder.state_dict())
-        return TimmAaSP(encoder, config, num_classes, global_pool)
-    config = AaSPConfig.preset(preset, drop_path=drop_path_rate or 0.0, **fields)
+        return TimmAaSP(model.encoder, model.config, num_classes, global_pool)
+    config = AaSPConfig.preset(preset, drop_path=drop_path_rate, **fields)
     return TimmAaSP(build_encoder(config), config, num_classes, global_pool)
 
 # %% ../nbs/doors/19_doors.ipynb #2425a6f5
@@ -341,15 +336,14 @@ def _traced(encoder, rows, columns):
 def export_onnx(
     model: AaSPEncoder,  # or what `open_encoder` takes
     path: str | Path,  # file to write; replaced when it is there
-) -> Path:  # the file: input "logmel" [batch, F, T], output "tokens" [batch, 1 + N, D]; `ImportError` without onnx, onnxscript
-    "Write the encoder as ONNX; the batch is free, T any multiple of the patch width up to the crop of pre-training (`aasp_max_frames`)."
+) -> Path:  # the file: input "logmel" [batch, F, T], output "tokens" [batch, 1 + N, D]
+    "Write the encoder as ONNX, batch and length free. Raises `ImportError` without onnx and onnxscript."
     try: import onnx, onnxscript  # noqa: F401
     except ImportError as e:
         raise ImportError(f"ONNX export needs onnx and onnxscript ({e}): pip install onnx onnxscript") from e
     model = model if isinstance(model, AaSPEncoder) else open_encoder(model)
     path = Path(path).expanduser()
     program = _traced(model.encoder, model.config.n_mels, model.config.grid[1])
-    program.model.metadata_props.update(aasp_config=json.dumps(model.config.to_dict()),
-                                        aasp_max_frames=str(model.config.n_frames))
+    program.model.metadata_props.update(aasp_config=json.dumps(model.config.to_dict()))
     with replacing(path) as part: program.save(part)
     return path

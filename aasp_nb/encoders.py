@@ -67,10 +67,6 @@ def load_encoder(
     "A trained encoder; raises `CheckpointError` for a damaged or unfitting checkpoint."
     if which not in ("student", "teacher"): raise ValueError(f'which must be "student" or "teacher", got {which!r}')
     weights, config = _encoder_source(Path(path), which)
-    if foreign := {"model_type", "architectures", "_class_name"} & set(config):
-        kind = config.get("model_type") or config.get("architectures") or config.get("_class_name")
-        raise CheckpointError(f"{path} is a model of another library ({kind}; its config.json has {', '.join(sorted(foreign))}): give a "
-                              "run folder, a checkpoint, or a folder that `save_encoder` wrote")
     config = AaSPConfig.from_dict(config)
     encoder = build_encoder(config)
     missing = sorted(set(encoder.state_dict()) - set(weights))

@@ -33,7 +33,7 @@ from sklearn.model_selection import GroupShuffleSplit
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from .audio import AudioError, resample
+from .audio import AudioError
 from .benchmarks import append_results, score
 from .audio import valid_frames
 from .data import (AudioDataset, FileReader, Manifest, ManifestError, dataset_statistics, eval_loader,
@@ -505,17 +505,9 @@ class Classifier:
     multi_label: bool  # sigmoid for several labels a clip, softmax for one
 
     @torch.no_grad()
-    def __call__(self,
-        waves: torch.Tensor,  # [B, S] or [S], floating point, full scale +-1
-        valid_samples: torch.Tensor | None = None,  # [B] samples that are sound; None: all
-        sr: int | None = None,  # their sample rate, Hz; None states that it is the model's
-    ) -> torch.Tensor:  # [B, C]
-        "Probabilities of the classes; samples beyond the model's frames are not heard."
-        device, rate = next(self.model.parameters()).device, self.front.config.sample_rate
-        waves = waves[None] if waves.ndim == 1 else waves
-        if sr is not None and sr != rate:
-            if valid_samples is not None: valid_samples = -(-torch.as_tensor(valid_samples) * rate // sr)
-            waves = resample(waves, sr, rate)
+    def __call__(self, waves: torch.Tensor, valid_samples: torch.Tensor | None = None) -> torch.Tensor:  # [B, C]
+        "Probabilities for waveforms [B, S] at the model's rate; samples beyond its frames are not heard."
+        device = next(self.model.parameters()).device
         valid = torch.full((len(waves),), waves.shape[-1]) if valid_samples is None else torch.as_tensor(valid_samples)
         padding = self.front.padding(valid)
         logits = self.model(self.front(waves.to(device), valid), None if padding is None else padding.to(device))

@@ -37,7 +37,7 @@ from .data import (AudioDataset, BrokenClips, FileReader, Manifest, aasp_home, d
 from .finetuning import RULES
 from .config import AaSPConfig, FrontEnd, build_encoder, build_logmel
 from .encoders import load_encoder
-from .files import writable, write_json
+from .files import write_json
 from .loop import pick_device
 from .runs import RunError, environment
 
@@ -857,7 +857,7 @@ def run_probe(
     config, begin, device = probe_preset(preset, **overrides), time.monotonic(), str(pick_device(device))
     model = checkpoint if isinstance(checkpoint, ProbeModel) else open_model(checkpoint, **(model_options or {}))
     manifest, say = Manifest.open(data), progress or (lambda name: None)
-    if cache == "auto": cache = writable(aasp_home("cache", "features"), "set AASP_HOME to a folder of yours, or pass cache=None")
+    cache = aasp_home("cache", "features") if cache == "auto" else cache
     x, settings = model_features(model, manifest, cache=cache, device=device, progress=say("clips"), **(features or {}))
     result = linear_probe(probe_data(manifest, x, use, classes, multi), config, folds, device, say("steps"))
     settings = {**settings, **probe_deviations(config, preset), **({"folds": list(folds)} if folds else {})}

@@ -226,9 +226,7 @@ def notebook_parameters(
     def value(name, kind, empty):
         if empty and str(scope[name]).strip() in ("None", ""): return None
         if kind is None: return scope[name]
-        if kind == "str" and isinstance(scope[name], float):
-            raise ConfigError(f"{name} is text and arrived as the number {scope[name]!r}: papermill's -p reads 1e3 as 1000.0, "
-                              f"give it with -r {name} TEXT")
-        plain = kind == "str" and isinstance(scope[name], (bool, int))  # papermill reads False and 2024 as what they look like
+        # papermill reads False and 2024 as what they look like
+        plain = kind == "str" and isinstance(scope[name], (bool, int, float))
         return str(scope[name]) if plain else coerce(name, scope[name], simple[kind])
     return {n: value(n, *how) for n, how in known.items()}
