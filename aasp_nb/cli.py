@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FINISHED', 'FAILED', 'USAGE', 'KERNEL_DIED', 'STOPPED', 'UsageError', 'run_notebooks', 'find_notebook', 'literal',
-           'declared', 'check_parameters', 'typed', 'Forwarder', 'check_kernel', 'execute', 'launch', 'main',
-           'slurm_script']
+           'declared', 'check_parameters', 'typed', 'Forwarder', 'check_kernel', 'execute', 'launch', 'check_port',
+           'main', 'slurm_script']
 
 # %% ../nbs/20_cli.ipynb #b90d30b3
-import argparse, contextlib, difflib, json, os, shlex, signal, sys, tempfile, time
+import argparse, contextlib, difflib, errno, json, os, shlex, signal, socket, sys, tempfile, time
 from pathlib import Path
 
 import nbformat
@@ -224,6 +224,20 @@ def launch(
         if code != KERNEL_DIED or not left: return code
         print(f"aasp: starting again, {left - 1} more times after this", flush=True)
 
+# %% ../nbs/20_cli.ipynb #78ca0a5b
+def check_port(
+    port: int,  # TCP port on 127.0.0.1
+):
+    "Raise `UsageError` where a server could not listen."
+    if not 0 < port < 65536: raise UsageError(f"port {port} is none: give one from 1024 to 65535, for instance --port 8866")
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was used a moment ago is free
+        try: s.bind(("127.0.0.1", port))
+        except OSError as e:
+            why = "in use by another program" if e.errno == errno.EADDRINUSE else e.strerror.lower()
+            raise UsageError(f"port {port} is {why}: end what uses it, or give another one, for instance "
+                             f"--port {port + 1 if port < 65535 else 8866}") from e
+
 # %% ../nbs/20_cli.ipynb #20dd8fe7
 def _given(args: argparse.Namespace) -> dict:
     "Parameters from a JSON file, from -p and from -r, the latter last."
@@ -258,6 +272,7 @@ def _dashboards(args):
     from aasp_nb.dashboards import serve
     if not Path(args.path).exists():
         raise UsageError(f"{args.path} does not exist: give a notebook or a folder of notebooks")
+    check_port(args.port)
     serve(args.path, port=args.port)
 
 def _slurm(args) -> int:
