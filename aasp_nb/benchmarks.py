@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BENCHMARKS', 'RESULT_COLUMNS', 'OLD_COLUMNS', 'READERS', 'SOURCES', 'BenchmarkError', 'Benchmark', 'benchmark',
            'mean_average_precision', 'score', 'per_class_table', 'plot_confusion', 'append_results', 'read_results',
-           'find_layout', 'read_esc50', 'read_us8k', 'read_scv2', 'read_nsynth', 'read_cremad', 'read_as20k',
-           'read_as2m', 'BenchmarkReport', 'load_benchmark', 'Source', 'fetch_dataset']
+           'manifest_digest', 'find_layout', 'read_esc50', 'read_us8k', 'read_scv2', 'read_nsynth', 'read_cremad',
+           'read_as20k', 'read_as2m', 'BenchmarkReport', 'load_benchmark', 'Source', 'fetch_dataset']
 
 # %% ../nbs/11_benchmarks.ipynb #5a4ab9a1
 import csv
@@ -34,7 +34,7 @@ import requests
 from fastcore.basics import patch
 from .audio import AudioError, audio_info
 from .data import AUDIO_SUFFIXES, Manifest, ManifestError, aasp_home, ahead, inside, room, split_name
-from .files import lock_file, replacing, write_json
+from .files import digest, lock_file, replacing, write_json
 from .runs import git_revision
 from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, precision_recall_fscore_support
 
@@ -217,6 +217,13 @@ def read_results(
         seeds = {k: int(r[k]) if r.get(k) else None for k in ("seed", "pretrain_seed")}
         r.update(value=float(r["value"]), n=int(r["n"]), identity=r.get("identity", ""), **seeds)
     return rows
+
+# %% ../nbs/11_benchmarks.ipynb #c18621d2
+def manifest_digest(
+    manifest: Manifest,  # clips, with their labels, splits, folds and groups
+) -> str:  # 16 hexadecimal digits; the same wherever the folder lies
+    "What a result depends on of a manifest: every column, and size and time of every file."
+    return digest([manifest.columns, [manifest.stamp(i) for i in range(len(manifest))]])
 
 # %% ../nbs/11_benchmarks.ipynb #0f12e853
 def find_layout(
