@@ -692,10 +692,11 @@ def _from_start(dataset: AudioDataset) -> AudioDataset:
                         max_broken=len(dataset))
 
 # %% ../nbs/12_finetuning.ipynb #b65b9b75
-def _origin(start) -> dict:
-    "Where a start comes from: a path, or an encoder with its configuration."
-    if isinstance(start, tuple): return encoder_origin(None, start[1], "given")
-    return encoder_origin(start, load_encoder(start)[1])
+def _opened(start, origin=None) -> tuple:
+    "Encoder, configuration and origin of a start."
+    if isinstance(start, tuple): return *start, origin or encoder_origin(None, start[1], "given")
+    encoder, config = load_encoder(start)
+    return encoder, config, origin or encoder_origin(start, config)
 
 
 def finetune(
@@ -720,8 +721,7 @@ def finetune(
     run = RunDir(run_dir, resume)
     try:
         if config.precision == "auto": config = replace(config, precision="bf16" if device.type == "cuda" else "fp32")
-        origin = origin or _origin(start)
-        encoder, encoder_config = start if isinstance(start, tuple) else load_encoder(start)
+        encoder, encoder_config, origin = _opened(start, origin)
         task = prepare_task(config, encoder_config, data, fold, classes, cache, max_broken)
         task, c = _records(run, task, start_digest(encoder), fold, device), task.config
         asked = dict(task="finetune", start=start_digest(encoder), recipe=c.to_dict(), fold=None if fold is None else str(fold),
@@ -819,14 +819,13 @@ def finetune_all(
     if folds == "all":
         if "fold" not in manifest: raise ManifestError(f"no column 'fold' in {list(manifest.columns)}: use folds=None")
         folds = sorted({f for f in manifest.columns["fold"] if f}, key=lambda f: (len(f), f))
-    kw["origin"] = kw.get("origin") or _origin(start)
-    start = start if isinstance(start, tuple) else load_encoder(start)
+    *start, kw["origin"] = _opened(start, kw.get("origin"))
     out, begin = [], time.monotonic()
     for seed, fold in [(s, f) for s in seeds for f in (folds or [None])]:
         name = f"seed{seed}" + ("" if fold is None else f"-fold{fold}")
         left = None if max_minutes is None else max_minutes - (time.monotonic() - begin) / 60
         if left is not None and left <= 0: break
-        out.append(finetune(start, manifest, Path(run_dir) / name, replace(config, seed=int(seed)), fold, resume=resume,
+        out.append(finetune(tuple(start), manifest, Path(run_dir) / name, replace(config, seed=int(seed)), fold, resume=resume,
                             max_minutes=left, **kw))
         if out[-1]["reason"]: break
     return out
