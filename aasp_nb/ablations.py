@@ -256,24 +256,28 @@ def compare(
 
 # %% ../nbs/15_ablations.ipynb #c4935f96
 def start_decays(
-    config=None,  # `AaSPConfig` whose `alpha_init`, `eps` and `delta` count; None: the defaults
+    alpha_init=0.25,  # as in `AaSPConfig`, per frame
+    eps=0.01,         # as there
+    delta=1.0,        # as there
 ):  # -> dict: kernel size -> (decay at the start, smallest decay it allows), per frame
     "Where SBLU's decays start for the kernel sizes of Table VII."
-    alpha, eps, delta = (0.25, 0.01, 1.0) if config is None else (config.alpha_init, config.eps, config.delta)
     out = {}
     for K in (r["setting"]["kernel_size"] for r in PAPER_TABLES["VII"]["rows"]):
-        raw = torch.tensor(initial_raw_decay(alpha, K, eps, delta))
+        raw = torch.tensor(initial_raw_decay(alpha_init, K, eps, delta))
         out[K] = float(bound_parameters(raw, torch.zeros(()), K, eps=eps, delta=delta)[0]), alpha_min(K, eps, delta)
     return out
 
 def beside(
-    table,  # as in `compare`
+    table,    # as in `compare`
+    rows=(),  # results, for the fields of their pre-training
 ):  # -> str: markdown, empty where there is nothing to say
     "What has to be known to read a table."
     if table != "VII": return ""
+    known = next((fields_of(r) for r in rows if (r.get("settings") or {}).get("origin")), {})
+    given = {k: known[f"pretraining.{k}"] for k in ("alpha_init", "eps", "delta") if f"pretraining.{k}" in known}
     told = [f"K = {K} at {a:.3f}" + (f" ({a / least:.3g} times the smallest decay)" if a / least < 1.3 else "")
-            for K, (a, least) in start_decays().items()]
-    return f"The rows start from different decays per frame: {', '.join(told)}."
+            for K, (a, least) in start_decays(**given).items()]
+    return f"Decays per frame start from: {', '.join(told)}."
 
 # %% ../nbs/15_ablations.ipynb #9edf77c7
 def comparison_table(
@@ -293,4 +297,4 @@ def comparison_table(
         std = "" if not o or o["std"] is None else f"{100 * o['std']:.1f}"
         ours = f"{100 * o['mean']:.1f} | {std} | {o['seeds']}" if o else "not run | | "
         head.append(f"| {l['label']} | {l['note']} | {paper} | {ours} |")
-    return "\n".join(head + ["", beside(table)] * bool(beside(table)))
+    return "\n".join(head + ["", beside(table, rows)] * bool(beside(table)))
