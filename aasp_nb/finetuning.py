@@ -160,7 +160,11 @@ def describe(self: FinetuneConfig) -> Table:  # markdown table: name, value, ori
 
 # %% ../nbs/12_finetuning.ipynb #77275f6b
 class FinetuneModel(nn.Module):
-    "An encoder with a LayerNorm and a linear layer on its class token (paper, section IV-B)."
+    """An encoder with a LayerNorm and a linear layer on its class token (paper, section IV-B).
+
+    A clip longer than pre-training's crops is encoded whole, its positions interpolated in time, as in the paper; linear probing
+    and the hub can also average windows of pre-training's length (`long="windows"`), which gives other numbers.
+    """
     def __init__(self,
         encoder: nn.Module,  # `AudioViT`
         n_classes: int,  # number of outputs C

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'MODULATION_EDGES', 'BASELINES', 'PROBE_PRESETS', 'STATISTICS_FIELDS', 'FEATURE_VERSION', 'ProbeError',
-           'target_frames', 'pool_tokens', 'WholeClips', 'window_starts', 'encode_clips', 'extract_features',
-           'logmel_statistics', 'modulation_energies', 'modulation_statistics', 'extract_baseline',
+           'target_frames', 'pool_tokens', 'WholeClips', 'window_starts', 'mean_of_windows', 'encode_clips',
+           'extract_features', 'logmel_statistics', 'modulation_energies', 'modulation_statistics', 'extract_baseline',
            'encoder_fingerprint', 'data_fingerprint', 'cached', 'ProbeData', 'probe_data', 'ProbeConfig',
            'probe_preset', 'probe_deviations', 'probe_runs', 'linear_probe', 'bootstrap_interval', 'ProbeResult',
            'paired_difference', 'probe_summary', 'probe_table', 'ProbeModel', 'open_model', 'input_statistics',
@@ -150,6 +150,18 @@ def window_starts(
     return out + [(patches - size, size - patches % size)] * bool(patches % size)
 
 # %% ../nbs/13_probing.ipynb #edefdd10
+def mean_of_windows(
+    pooled: list,  # of each window [..., D]
+    counted: list,  # of each window, the time patches that count in it: a number, or [..., 1]
+) -> torch.Tensor:  # [..., D]
+    "What windows say of a clip, weighted by the time patches that count: valid, and in no window before."
+    total, share = 0.0, 0.0
+    for value, n in zip(pooled, counted, strict=True):
+        n = torch.as_tensor(n).to(value)
+        total, share = total + torch.where(n > 0, value * n, 0), share + n
+    return total / share
+
+
 def encode_clips(
     encoder: nn.Module,  # frozen `AudioViT`
     x: torch.Tensor,  # [B, F, T] standardised log-mel
@@ -158,7 +170,7 @@ def encode_clips(
     pooling: str = "cls_mean",  # see `pool_tokens`
 ) -> torch.Tensor:  # [B, 2 D] or [B, N_f D]
     "Pooled tokens of a batch; over windows they are averaged by the time patches that each window counts for."
-    n, total, share = padding.shape[1], 0.0, 0.0
+    n, pooled, counts = padding.shape[1], [], []
     for start, first in window_starts(n, window or n):
         stop = min(start + (window or n), n)
         hide, width = padding[:, start:stop], x.shape[-1] // n
@@ -166,11 +178,9 @@ def encode_clips(
         left_out[:, :first] = True
         piece = x[..., start * width:stop * width]
         tokens = encoder.forward_features(piece, padding=hide if bool(hide.any()) else None)
-        counted = (~left_out).sum(1, keepdim=True)
-        pooled = pool_tokens(tokens, left_out, pooling)
-        total = total + torch.where(counted > 0, pooled * counted, 0)
-        share = share + counted
-    return total / share
+        counts.append((~left_out).sum(1, keepdim=True))
+        pooled.append(pool_tokens(tokens, left_out, pooling))
+    return mean_of_windows(pooled, counts)
 
 # %% ../nbs/13_probing.ipynb #dd9b6ca1
 @torch.no_grad()
