@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aasp_nb.ablations import ResultsError, compare, comparison_table, load_results, summarise
-from aasp_nb.benchmarks import read_results
+from aasp_nb.benchmarks import append_results, read_results
 from aasp_nb.clips import write_clips
 from aasp_nb.config import AaSPConfig, build_encoder
 from aasp_nb.data import Manifest
@@ -110,3 +110,18 @@ def test_older_rows_are_read_as_what_they_were(tmp_path):
     for r in part: groups.setdefault((r["dataset"], r["protocol"], r["checkpoint"], r["settings"].get("pooling")), []).append(r)
     for key, rows in groups.items():
         if key[2]: assert summarise(rows)["seeds"] == 1, key
+
+
+@pytest.mark.parametrize("scored, found, shown", [
+    (13, 22_176, None), (18_344, 22_176, None), (18_345, 22_176, "18,345 of 20,383 clips"), (20_383, 22_176, "20,383 of 20,383 clips"),
+    (20_383, 19_000, None), (20_383, None, "20,383 of 20,383 clips")])
+def test_audioset_is_official_within_a_stated_share(tmp_path, capsys, scored, found, shown):
+    "Few clips, of the test or of the training, are no official score, and the cell says how many were scored."
+    settings = dict(benchmark=dict(name="as20k", complete=False, **({"found": dict(train=found, test=scored)} if found else {})))
+    append_results(tmp_path / "results.csv", [dict(
+        dataset="AS-20K", task="finetune", protocol="paper/as20k", model="mine", checkpoint="abc", scale="s", seed=s, fold="",
+        split="test", metric="mAP", rule="last_step", value=0.55, n=scored, settings=json.dumps(settings)) for s in (0, 1, 2)])
+    run_cells("tables.ipynb", results_csv=str(tmp_path / "results.csv"), out=str(tmp_path))
+    three, *_, other = (tmp_path / "tables.md").read_text().split("### ")[1:]
+    assert ("55.0" in three, "55.0" in other) == (shown is not None, shown is None)
+    assert shown is None or f"| 55.0 +- 0.0 ({shown}) |" in three
