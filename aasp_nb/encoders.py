@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from .config import AaSPConfig, build_encoder
-from .files import file_sha256, replacing, write_json
-from .runs import CheckpointError, latest_checkpoint, load_checkpoint
+from .files import file_sha256, write_json
+from .runs import CheckpointError, latest_checkpoint, load_checkpoint, write_tensors
 
 # %% ../nbs/recipes/encoders.ipynb #25489af1
 def save_encoder(
@@ -26,8 +26,7 @@ def save_encoder(
 ) -> Path:  # the folder
     "An encoder as weights and configuration, for `load_encoder`."
     folder = Path(folder)
-    with replacing(folder / "model.safetensors") as part:
-        save_file({k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}, part)
+    write_tensors(folder / "model.safetensors", encoder.state_dict())
     write_json(folder / "config.json", config.to_dict())
     write_json(folder / "checksums.json", {n: file_sha256(folder / n) for n in ("model.safetensors", "config.json")})
     return folder

@@ -23,6 +23,7 @@ def sync(
 @contextlib.contextmanager
 def replacing(
     path: str | Path,  # the file to write or to replace; its folder is made
+    durable: bool = True,  # flush it to the disk first; False for what is made again at no cost
 ):  # the file to write instead: in the same folder, with the same ending
     "What is written inside the block takes the file's name when the block ends, and is removed if it fails."
     path = Path(path)
@@ -30,7 +31,7 @@ def replacing(
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield part
-        sync(part)
+        if durable: sync(part)
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 

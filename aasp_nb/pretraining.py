@@ -7,7 +7,7 @@ __all__ = ['MEASURED', 'Schedule', 'AaSPLearner', 'build_learner', 'as_config', 
            'check_processes', 'pretrain', 'write_results']
 
 # %% ../nbs/recipes/pretraining.ipynb #ced41716
-import gc, hashlib, json, os, sys, warnings
+import gc, hashlib, json, math, os, sys, warnings
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FORMAT', 'git_revision', 'environment', 'RunError', 'writing', 'RunDir', 'read_metrics', 'Onlooker',
-           'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'step_folders', 'latest_checkpoint', 'prune',
-           'optimizer_tensors', 'load_optimizer', 'Saver', 'check_same', 'duration', 'plot_metrics']
+           'CheckpointError', 'write_tensors', 'save_checkpoint', 'load_checkpoint', 'step_folders',
+           'latest_checkpoint', 'prune', 'optimizer_tensors', 'load_optimizer', 'Saver', 'check_same', 'duration',
+           'plot_metrics']
 
 # %% ../nbs/lab/runs.ipynb #0d093f40
 import contextlib, csv, hashlib, json, math, os, platform, shutil, subprocess, warnings, weakref
@@ -242,6 +243,14 @@ class CheckpointError(ValueError):
 
 # %% ../nbs/lab/runs.ipynb #4c4ca843
 CHECKPOINT_FORMAT = 1
+
+# %% ../nbs/lab/runs.ipynb #b5481c21
+def write_tensors(
+    path: str | Path,  # safetensors file to write or replace
+    tensors: dict,  # name -> tensor, on any device
+):
+    "Write a safetensors file atomically."
+    with replacing(path) as part: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
 
 # %% ../nbs/lab/runs.ipynb #d88b3503
 def _seal(state: dict) -> str:

@@ -50,7 +50,7 @@ def gpu_name() -> str | None:
 
 def revision() -> str:
     "A hash of everything that decides what a part does: it needs no git."
-    files = [p for pattern in ("aasp_nb/*.py", "nbs/*.ipynb", "nbs/runs/*.ipynb", "tests/*.py") for p in ROOT.glob(pattern)]
+    files = [p for pattern in ("aasp_nb/*.py", "nbs/**/*.ipynb", "tests/*.py") for p in ROOT.glob(pattern)]
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()[:12]
 
 

@@ -37,6 +37,7 @@ REDUCED = {
                                 seeds="0", device="cpu", cache="False"),
     "runs/linear_probe.ipynb": dict(data="{clips}", checkpoint="modulation", steps=20, seeds="0"),
     "runs/pretrain.ipynb": dict(data="{clips}", depth=1, warmup_steps=1, device="cpu", cache="False", **TINY),
+    "runs/stability.ipynb": dict(data="{clips}", models="logmel", seconds=0.3, kinds="cropped", table="{home}/table.csv"),
     "runs/tables.ipynb": dict(out="{out}"),
     "runs/train_demo_checkpoint.ipynb": dict(out="{out}", work="{home}", per_class=2, seconds=2.1, **TINY),
     "dashboards/ablations.ipynb": dict(picture="{home}/a.png"),
@@ -52,6 +53,7 @@ REDUCED = {
 # Every notebook runs here in `make test`, but those that another test runs there, named; --full runs these here too.
 BY_OTHERS = {"runs/figures.ipynb": "test_guides.py", "runs/finetune.ipynb": "test_finetuning.py",
              "runs/linear_probe.ipynb": "test_probing.py", "runs/pretrain.ipynb": "test_training.py",
+             "runs/stability.ipynb": "test_robustness.py",
              "dashboards/ablations.ipynb": "test_dashboards.py", "dashboards/windows.ipynb": "test_dashboards.py"}
 SECONDS = 120  # processor time of a lesson with its solutions; lessons are meant for 60 s on two idle cores
 
