@@ -18,7 +18,7 @@ import aasp_nb
 from fastcore.basics import patch
 from scipy.special import stdtrit
 from .ablations import (FILTERS, PAPER_TABLES, PAPER_TASKS, SETTING, ResultsError, choices_of, chosen, compare,
-                               load_results)
+                               load_results, unit_of)
 from .dashboards import PALETTE, Dashboard, Field, Plot, Scene, StateError, axis, check_state
 
 # %% ../nbs/exhibits/17c_ablation_dashboard.ipynb #c4e837ca
@@ -45,11 +45,11 @@ PRESETS = {f"Table {t}: {v['title']}" if t != "ours" else "Ours: open readings":
 # %% ../nbs/exhibits/17c_ablation_dashboard.ipynb #5fc068d7
 def seed_means(
     summary,  # from `summarise`, or None
-):  # -> dict: seed -> mean over folds
-    "Score of every seed."
-    seeds = {}
-    for r in (summary or dict(rows=[]))["rows"]: seeds.setdefault(r["seed"], []).append(r["value"])
-    return {s: float(np.mean(v)) for s, v in seeds.items()}
+):  # -> dict: unit (`unit_of`) -> mean over folds and probes
+    "Score of every pre-training."
+    units = {}
+    for r in (summary or dict(rows=[]))["rows"]: units.setdefault(unit_of(r), []).append(r["value"])
+    return {u: float(np.mean(v)) for u, v in units.items()}
 
 # %% ../nbs/exhibits/17c_ablation_dashboard.ipynb #e0073fc6
 def difference(

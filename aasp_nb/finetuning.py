@@ -34,7 +34,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from .audio import AudioError, resample
-from .benchmarks import append_results, score
+from .benchmarks import append_results, manifest_digest, score
 from .audio import valid_frames
 from .data import (AudioDataset, FileReader, Manifest, ManifestError, dataset_statistics, eval_loader,
                           split_name, train_loader, unused_rows)
@@ -42,8 +42,8 @@ from .patch_embed import init_linear
 from .config import AaSPConfig, build_encoder, build_logmel
 from .settings import ConfigError, Table, coerce, option, refuse_unknown, require
 from .config import FrontEnd
-from .encoders import load_encoder, save_encoder
-from .files import write_json
+from .encoders import encoder_origin, load_encoder, save_encoder
+from .files import digest, write_json
 from .loop import (Guard, Learner, TrainingError, cosine_warmup, fit, param_groups, pick_device, restore,
                           step_generator)
 from .pretraining import describe_data, prepare_data
@@ -160,7 +160,11 @@ def describe(self: FinetuneConfig) -> Table:  # markdown table: name, value, ori
 
 # %% ../nbs/recipes/12_finetuning.ipynb #77275f6b
 class FinetuneModel(nn.Module):
-    "An encoder with a LayerNorm and a linear layer on its class token (paper, section IV-B)."
+    """An encoder with a LayerNorm and a linear layer on its class token (paper, section IV-B).
+
+    A clip longer than pre-training's crops is encoded whole, its positions interpolated in time, as in the paper; linear probing
+    and the hub can also average windows of pre-training's length (`long="windows"`), which gives other numbers.
+    """
     def __init__(self,
         encoder: nn.Module,  # `AudioViT`
         n_classes: int,  # number of outputs C
@@ -693,6 +697,13 @@ def _from_start(dataset: AudioDataset) -> AudioDataset:
                         max_broken=len(dataset))
 
 # %% ../nbs/recipes/12_finetuning.ipynb #b65b9b75
+def _opened(start, origin=None) -> tuple:
+    "Encoder, configuration and origin of a start."
+    if isinstance(start, tuple): return *start, origin or encoder_origin(None, start[1], "given")
+    encoder, config = load_encoder(start)
+    return encoder, config, origin or encoder_origin(start, config)
+
+
 def finetune(
     start,  # run folder, checkpoint or encoder folder of pre-training, or (AudioViT, AaSPConfig)
     data,  # manifest CSV, folder, or `Manifest`, with labels and splits or folds
@@ -706,6 +717,7 @@ def finetune(
     workers: int = 0,  # loader processes
     cache: bool | str = "auto",  # decode once: see `prepare_data`
     max_broken: float = 0,  # unreadable clips tolerated in evaluation
+    origin: dict | None = None,  # of the start, from `encoder_origin`; None: found where it is a path
     **kw,  # log_every, save_every, keep_last, max_minutes, progress: see `fit`
 ) -> dict:  # status, scores by rule and provenance; also in results.json
     "Fine-tune one seed on one split or fold; the same call with resume=\"auto\" goes on where it stopped."
@@ -714,16 +726,19 @@ def finetune(
     run = RunDir(run_dir, resume)
     try:
         if config.precision == "auto": config = replace(config, precision="bf16" if device.type == "cuda" else "fp32")
-        encoder, encoder_config = start if isinstance(start, tuple) else load_encoder(start)
+        encoder, encoder_config, origin = _opened(start, origin)
         task = prepare_task(config, encoder_config, data, fold, classes, cache, max_broken)
         task, c = _records(run, task, start_digest(encoder), fold, device), task.config
+        asked = dict(task="finetune", start=start_digest(encoder), recipe=c.to_dict(), fold=None if fold is None else str(fold),
+                     classes=task.classes, data=manifest_digest(Manifest.open(data)))
+        known = dict(pretrain_seed=encoder_config.seed, origin=origin, identity=digest(asked, 64))
         if done := _done(run, max_steps): return done
         learner = make_learner(task, (encoder, encoder_config), run.path, device, workers)
         begin, seconds = restore(run, learner)
         loader = task_loader(task, begin, workers, pin_memory=device.type == "cuda")
         run.start_metrics(begin)
         out = fit(learner, loader, run, c.steps, begin, max_steps, guard=Guard(run, floors={}), seconds=seconds, **kw)
-        return _results(run, learner, task, encoder_config, out, fold)
+        return _results(run, learner, task, encoder_config, out | known, fold)
     except torch.OutOfMemoryError as e:
         raise RunError(f"out of memory on {device}: raise accumulation_steps (now {config.accumulation_steps})") from e
     finally: run.close()
@@ -804,18 +819,18 @@ def finetune_all(
     **kw,  # as in `finetune`
 ) -> list:  # of results, one per run; the last one may be "stopped"
     "Fine-tune every seed on every fold; call it again to go on."
-    manifest, config, begin = Manifest.open(data), as_finetune_config(config), time.monotonic()
+    manifest, config = Manifest.open(data), as_finetune_config(config)
     if isinstance(folds, str) and folds != "all": raise ConfigError(f"folds must be 'all', a list or None: {folds!r}")
     if folds == "all":
         if "fold" not in manifest: raise ManifestError(f"no column 'fold' in {list(manifest.columns)}: use folds=None")
         folds = sorted({f for f in manifest.columns["fold"] if f}, key=lambda f: (len(f), f))
-    start = start if isinstance(start, tuple) else load_encoder(start)
-    out = []
+    *start, kw["origin"] = _opened(start, kw.get("origin"))
+    out, begin = [], time.monotonic()
     for seed, fold in [(s, f) for s in seeds for f in (folds or [None])]:
         name = f"seed{seed}" + ("" if fold is None else f"-fold{fold}")
         left = None if max_minutes is None else max_minutes - (time.monotonic() - begin) / 60
         if left is not None and left <= 0: break
-        out.append(finetune(start, manifest, Path(run_dir) / name, replace(config, seed=int(seed)), fold, resume=resume,
+        out.append(finetune(tuple(start), manifest, Path(run_dir) / name, replace(config, seed=int(seed)), fold, resume=resume,
                             max_minutes=left, **kw))
         if out[-1]["reason"]: break
     return out
@@ -861,8 +876,9 @@ def record_results(
         done = Path(r["run_dir"]) / "recorded.json"
         tables = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else []
         if r["status"] != "finished" or str(path) in tables: continue
-        settings = json.dumps({**r["settings"], **extra}, sort_keys=True, default=str)
-        same = dict(seed=r["seed"], fold=r["fold"], split="test", metric=r["metric"], n=r["n"]["test"],
+        origin = {"origin": r["origin"]} if "origin" in r else {}
+        settings = json.dumps({**r["settings"], **extra, **origin}, sort_keys=True, default=str)
+        same = dict(pretrain_seed=r.get("pretrain_seed"), identity=r.get("identity"), seed=r["seed"], fold=r["fold"], split="test", metric=r["metric"], n=r["n"]["test"],
                     settings=settings)
         new = [dict(same, rule=rule, value=e["test"]) for rule, e in r["scores"].items()]
         rows += append_results(path, new, task="finetune", protocol=f"paper/{r['preset']}", **common)

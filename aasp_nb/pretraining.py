@@ -172,14 +172,15 @@ def prepare_run(
     if run.resumed:
         have = run.read_json("config.json")
         check_same(run, "configuration", have, config.to_dict(), MEASURED if config.norm_measure else ())
-        check_same(run, "data set", run.read_json("data.json"), data, ("root",))
+        check_same(run, "data set", run.read_json("data.json"), data, ("root", "norm_measured"))
         return AaSPConfig.from_dict(have)
-    if config.norm_measure:
+    measured = config.norm_measure
+    if measured:
         mean, std = dataset_statistics(dataset, build_logmel(config))
         config = config.replace(norm_mean=round(mean, 4), norm_std=round(std, 4), norm_measure=False)
         run.log(f"measured on the training set: norm_mean {mean:.4f}, norm_std {std:.4f}", show=True)
     with writing(run.path):
-        write_json(run.path / "data.json", data)
+        write_json(run.path / "data.json", data | dict(norm_measured=measured))
         write_json(run.path / "environment.json", environment(device))
         write_json(run.path / "config.json", config.to_dict())
     return config

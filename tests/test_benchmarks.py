@@ -18,7 +18,7 @@ import pytest
 import soundfile as sf
 
 from aasp_nb import benchmarks
-from aasp_nb.benchmarks import (BENCHMARKS, SOURCES, BenchmarkError, Source, append_results, fetch_dataset, load_benchmark,
+from aasp_nb.benchmarks import (BENCHMARKS, OLD_COLUMNS, SOURCES, BenchmarkError, Source, append_results, fetch_dataset, load_benchmark,
                                 read_results)
 from aasp_nb.data import Manifest, ManifestError
 
@@ -116,8 +116,12 @@ def append_many(table, worker):
         append_results(table, rows, revision="r")
 
 
-def test_results_of_many_processes_keep_whole_rows(tmp_path):
+@pytest.mark.parametrize("header", ["", ",".join(OLD_COLUMNS) + "\r\n"], ids=["new", "older columns"])
+def test_results_of_many_processes_keep_whole_rows(tmp_path, header):
+    "Also while one of them gives an older file its new columns, which puts another file in its place."
     table = tmp_path / "sub" / "results.csv"
+    table.parent.mkdir()
+    if header: table.write_text(header)
     fork = multiprocessing.get_context("fork")
     workers = [fork.Process(target=append_many, args=(table, w)) for w in range(3)]
     for w in workers: w.start()

@@ -189,7 +189,9 @@ def test_notebook_stops_resumes_and_records_once(run, clips, encoder):
     rows = read_results(run.home / "results.csv")
     assert len(rows) == 2 * 3 and {r["rule"] for r in rows} == {"last_step", "validation", "best_step_on_test"}
     settings = json.loads(rows[0]["settings"])
-    assert settings["steps"] == 4 and settings["phase"] == "even" and settings["kernel_size"] == 63
+    made = settings["origin"]["config"]
+    assert settings["steps"] == 4 and made["phase"] == "even" and made["kernel_size"] == 63
+    assert {r["pretrain_seed"] for r in rows} == {0} and len({r["identity"] for r in rows}) == 2
     assert {r["task"] for r in rows} == {"finetune"} and "-p steps 4" in rows[0]["command"]
     results = json.loads((run.home / "runs" / "ft" / "results.json").read_text())
     assert results["missing"] == 0 and results["summaries"]["last_step"]["seeds"] == 2 and results["interval"]
@@ -235,5 +237,5 @@ def test_tables_keep_copies_out_of_official_columns(run):
     assert "| model | pre-trained | hours heard | ESC-50 (own copy), accuracy % | esc50 (opus, rejoined), accuracy % |" in other
     mine = next(line for line in three.splitlines() if "**mine**" in line)
     assert [c.strip() for c in mine.split("|")][5:7] == ["", ""], "not run: blank"
-    assert "| 50.0 +- 0.0 over folds (1 seed) |" in four and "MATPAC/n10" in four and "11.1" not in other
+    assert "| 50.0 +- 0.0 over folds (4,000 of 8,732 clips; 1 seed) |" in four and "MATPAC/n10" in four and "11.1" not in other
     assert three.splitlines()[2].startswith("Ours: tiny, aape, 9 of 9 steps") and "last step" in shown
