@@ -37,6 +37,7 @@ REDUCED = {
                                 seeds="0", device="cpu", cache="False"),
     "runs/linear_probe.ipynb": dict(data="{clips}", checkpoint="modulation", steps=20, seeds="0"),
     "runs/pretrain.ipynb": dict(data="{clips}", depth=1, warmup_steps=1, device="cpu", cache="False", **TINY),
+    "runs/reproduce.ipynb": dict(run=True, tables="VI,IV", max_cells=4, device="cpu", out="{out}"),
     "runs/stability.ipynb": dict(data="{clips}", models="logmel", seconds=0.3, kinds="cropped", table="{home}/table.csv"),
     "runs/tables.ipynb": dict(out="{out}"),
     "runs/train_demo_checkpoint.ipynb": dict(out="{out}", work="{home}", per_class=2, seconds=2.1, **TINY),

@@ -1,4 +1,5 @@
 """What holds the repository together: versions, README, parameter tags, licences."""
+import os
 import re
 import subprocess
 import sys
@@ -61,3 +62,24 @@ def test_no_path_of_a_machine():
         if path.suffix in {".png", ".safetensors", ".npz"} or not path.exists(): continue
         text = path.read_text(encoding="utf-8", errors="ignore")
         for needle in needles: assert needle not in text, f"{name} names {needle}"
+
+
+def test_no_number_of_the_paper_is_mistyped():
+    "Every number of Tables I to VIII in this package, where the paper's tables lie beside the checkout; a changed digit is found."
+    folder = Path(os.environ.get("AASP_PAPER", ROOT.parent / "shared" / "paper")) / "tables"
+    if not (folder / "table5_patch_embedding.csv").is_file(): pytest.skip("the paper's tables are not here (AASP_PAPER)")
+    from aasp_nb import reproduce
+    assert reproduce.check_paper(folder) == []
+
+
+@pytest.mark.parametrize("number", ["III", "V", "VIII"])
+def test_a_mistyped_number_is_found(number, monkeypatch):
+    folder = Path(os.environ.get("AASP_PAPER", ROOT.parent / "shared" / "paper")) / "tables"
+    if not (folder / "table5_patch_embedding.csv").is_file(): pytest.skip("the paper's tables are not here (AASP_PAPER)")
+    from aasp_nb import reproduce
+    if number == "III":
+        rows = [*reproduce.TABLE_3["rows"][:-1], ("AaPE", 87, 49.8, 41.9, 95.7, 97.9)]
+        monkeypatch.setitem(reproduce.TABLE_3, "rows", rows)
+    else: monkeypatch.setitem(reproduce.PAPER_TABLES[number]["rows"][0]["paper"], "esc50", 99.9)
+    found = reproduce.check_paper(folder)
+    assert len(found) == 1 and found[0].startswith(f"Table {number}"), found
