@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FINISHED', 'FAILED', 'USAGE', 'KERNEL_DIED', 'STOPPED', 'UsageError', 'run_notebooks', 'find_notebook', 'literal',
-           'declared', 'check_parameters', 'Forwarder', 'execute', 'launch', 'main', 'slurm_script']
+           'declared', 'check_parameters', 'typed', 'Forwarder', 'check_kernel', 'execute', 'launch', 'check_port',
+           'main', 'slurm_script']
 
 # %% ../nbs/doors/20_cli.ipynb #b90d30b3
-import argparse, contextlib, difflib, json, os, shlex, signal, sys, tempfile, time
+import argparse, contextlib, difflib, errno, json, os, shlex, signal, socket, sys, tempfile, time
 from pathlib import Path
 
 import nbformat
@@ -75,6 +76,16 @@ def check_parameters(
         raise UsageError(f"unknown parameter {name!r} for {notebook.name}"
                          + (f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"))
 
+# %% ../nbs/doors/20_cli.ipynb #e9cd7afc
+def typed(
+    notebook: Path,  # a run notebook
+    given: list,  # of (name, text) from the command line
+) -> dict:  # name -> value
+    "Values of parameters: text where the notebook declares `str`, else as `literal` reads them."
+    known = declared(notebook) if given else {}
+    text = {n for n, p in known.items() if p["inferred_type_name"] == "str"}
+    return {n: v if n in text else literal(v) for n, v in given}
+
 # %% ../nbs/doors/20_cli.ipynb #ff5c7b90
 class Forwarder:
     "Context in which signals to this process are passed on to the kernel; `received` is the first one's name."
@@ -131,6 +142,19 @@ class _Engine(NBClientEngine):
 
 papermill_engines.register("aasp", _Engine)
 
+# %% ../nbs/doors/20_cli.ipynb #2be2fc47
+def check_kernel(
+    notebook: Path,  # a run notebook
+) -> str:  # "", or a line for the user
+    "What to say about the kernel that a notebook was saved with. Raises `UsageError` for another language than Python."
+    meta = nbformat.read(notebook, 4).metadata
+    spec = meta.get("kernelspec") or {}
+    language, name = spec.get("language") or meta.get("language_info", {}).get("name") or "python", spec.get("name")
+    if language.lower() not in ("python", "ipython"):
+        raise UsageError(f"{notebook} is written in {language}: only Python notebooks can be run")
+    if name in (None, "python3"): return ""
+    return f"{notebook.name} was saved with the kernel {name!r}: running it with this Python's ({sys.executable})"
+
 # %% ../nbs/doors/20_cli.ipynb #b10f33a6
 def _status(path: Path) -> dict:
     "What the training loop last wrote about itself; empty if nothing trained."
@@ -166,7 +190,7 @@ def execute(
         os.environ["AASP_STATUS"], _Engine.forwarder = str(status), forwarder
         try:
             execute_notebook(str(notebook), str(out), parameters, engine_name="aasp", progress_bar=False,
-                             store_widget_state=False, **shown)
+                             store_widget_state=False, kernel_name="python3", language="python", **shown)
             code = FINISHED
         except PapermillExecutionError as e: code, error = FAILED, _error(e)
         except (DeadKernelError, RuntimeError) as e: code, error = KERNEL_DIED, str(e)
@@ -187,6 +211,7 @@ def launch(
     "Run a notebook so that signals lose nothing; raises `UsageError` before anything is started."
     notebook, out, parameters = find_notebook(str(notebook)), Path(out).absolute(), parameters or {}
     check_parameters(notebook, parameters)
+    if line := check_kernel(notebook): print(f"aasp: {line}", flush=True)
     if out.exists() and out.samefile(notebook):
         raise UsageError(f"{out} is the notebook itself: give another output path")
     try:
@@ -199,15 +224,29 @@ def launch(
         if code != KERNEL_DIED or not left: return code
         print(f"aasp: starting again, {left - 1} more times after this", flush=True)
 
+# %% ../nbs/doors/20_cli.ipynb #78ca0a5b
+def check_port(
+    port: int,  # TCP port on 127.0.0.1
+):
+    "Raise `UsageError` where a server could not listen."
+    if not 0 < port < 65536: raise UsageError(f"port {port} is none: give one from 1024 to 65535, for instance --port 8866")
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was used a moment ago is free
+        try: s.bind(("127.0.0.1", port))
+        except OSError as e:
+            why = "in use by another program" if e.errno == errno.EADDRINUSE else e.strerror.lower()
+            raise UsageError(f"port {port} is {why}: end what uses it, or give another one, for instance "
+                             f"--port {port + 1 if port < 65535 else 8866}") from e
+
 # %% ../nbs/doors/20_cli.ipynb #20dd8fe7
 def _given(args: argparse.Namespace) -> dict:
-    "Parameters from a JSON file and from -p, the latter last."
+    "Parameters from a JSON file, from -p and from -r, the latter last."
     out = {}
     for path in args.file or ():
         try: out |= json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError) as e:
             raise UsageError(f"{path} holds no JSON object of parameters: {e}") from e
-    return out | {n: literal(v) for n, v in args.parameter or ()}
+    return out | typed(find_notebook(args.notebook), args.parameter or ()) | dict(args.text or ())
 
 def _run(args) -> int:
     "Run a notebook; signals leave a checkpoint."
@@ -233,6 +272,7 @@ def _dashboards(args):
     from aasp_nb.dashboards import serve
     if not Path(args.path).exists():
         raise UsageError(f"{args.path} does not exist: give a notebook or a folder of notebooks")
+    check_port(args.port)
     serve(args.path, port=args.port)
 
 def _slurm(args) -> int:
@@ -267,6 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     for p in (run, slurm):
         p.add_argument("out", help="output notebook")
         p.add_argument("-p", "--parameter", nargs=2, action="append", metavar=("NAME", "VALUE"), help="a parameter")
+        p.add_argument("-r", "--text", nargs=2, action="append", metavar=("NAME", "TEXT"), help="a parameter, always text")
         p.add_argument("-f", "--file", action="append", help="JSON file of parameters")
     run.add_argument("--retries", type=int, default=0, help="start again this often if the kernel is killed")
     run.add_argument("--quiet", action="store_true", help="do not show what the cells print")
@@ -325,7 +366,8 @@ def slurm_script(
 ) -> str:  # for sbatch
     "A Slurm job that stops with a checkpoint before its time limit and queues itself again."
     word = lambda text: '"$task"'.join(shlex.quote(p) if p else "" for p in str(text).split("{task}")) or "''"
-    parts = ["run", notebook, out] + [x for n, v in (parameters or {}).items() for x in ("-p", n, v)]
+    flag = lambda v: "-r" if isinstance(v, str) and literal(v) != v else "-p"
+    parts = ["run", notebook, out] + [x for n, v in (parameters or {}).items() for x in (flag(v), n, v)]
     options = ([f"--array={array}"] if array else []) + list(sbatch)
     command = " ".join([shlex.quote(sys.executable), "-m", "aasp_nb.cli", *map(word, parts)])
     return _SCRIPT.format(time=time, more="".join(f"#SBATCH {o}\n" for o in options), command=command)

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from .audio import AudioError, audio_info, check_channel, load_audio, valid_frames
-from .files import lock_file, replacing
+from .files import check_writable, lock_file, replacing
 
 # %% ../nbs/lab/09_data.ipynb #d48e2593
 def aasp_home(
@@ -715,7 +715,7 @@ def decode_once(
     if final.is_dir():
         try: return CachedReader(final)
         except ManifestError as e: warnings.warn(f"{e}: decoding again"); shutil.rmtree(final)
-    parent.mkdir(parents=True, exist_ok=True)
+    check_writable(parent, "set AASP_HOME to a folder of yours, or pass cache=False", ManifestError)
     tmp = Path(tempfile.mkdtemp(prefix=".decoding-", dir=parent))
     try:
         reader = FileReader(manifest, sr, channel)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO', 'EVAR_YAML', 'open_encoder', 'HearModel', 'load_model', 'check_batch', 'get_timestamp_embeddings',
            'get_scene_embeddings', 'AR_AaSP', 'evar_files', 'UpstreamExpert', 'register_s3prl', 'TimmAaSP', 'make_timm',
-           'aasp_base', 'aasp_small', 'aasp_tiny', 'AaPELayer', 'export_onnx']
+           'aasp_base', 'aasp_small', 'aasp_tiny', 'AaPELayer', 'export_onnx', 'run_onnx']
 
 # %% ../nbs/doors/19_doors.ipynb #2ccfdb8d
 import json
@@ -256,7 +256,7 @@ def make_timm(
     checkpoint: str | Path | None = None,  # encoder folder, run folder or checkpoint; replaces the preset
     num_classes: int = 0,
     global_pool: str = "token",
-    drop_path_rate: float = 0.0,  # timm's name for `drop_path`
+    drop_path_rate: float | None = None,  # timm's name for `drop_path`; None: 0, or the checkpoint's own
     in_chans: int = 1,
     pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None,  # timm's own; not used
     **fields,  # of `AaSPConfig`
@@ -268,8 +268,13 @@ def make_timm(
     if checkpoint is not None:
         if fields: raise ValueError(f"{', '.join(fields)}: the checkpoint brings its own configuration")
         model = open_encoder(checkpoint)
-        return TimmAaSP(model.encoder, model.config, num_classes, global_pool)
-    config = AaSPConfig.preset(preset, drop_path=drop_path_rate, **fields)
+        encoder, config = model.encoder, model.config
+        if drop_path_rate is not None and drop_path_rate != config.drop_path:
+            config = config.replace(drop_path=drop_path_rate)
+            encoder = build_encoder(config).eval()
+            encoder.load_state_dict(model.encoder.state_dict())
+        return TimmAaSP(encoder, config, num_classes, global_pool)
+    config = AaSPConfig.preset(preset, drop_path=drop_path_rate or 0.0, **fields)
     return TimmAaSP(build_encoder(config), config, num_classes, global_pool)
 
 # %% ../nbs/doors/19_doors.ipynb #2425a6f5
@@ -337,7 +342,7 @@ def export_onnx(
     model: AaSPEncoder,  # or what `open_encoder` takes
     path: str | Path,  # file to write; replaced when it is there
 ) -> Path:  # the file: input "logmel" [batch, F, T], output "tokens" [batch, 1 + N, D]
-    "Write the encoder as ONNX, batch and length free. Raises `ImportError` without onnx and onnxscript."
+    "Write the encoder as ONNX for any batch and up to pre-training's length. Raises `ImportError` without onnx, onnxscript."
     try: import onnx, onnxscript  # noqa: F401
     except ImportError as e:
         raise ImportError(f"ONNX export needs onnx and onnxscript ({e}): pip install onnx onnxscript") from e
@@ -347,3 +352,20 @@ def export_onnx(
     program.model.metadata_props.update(aasp_config=json.dumps(model.config.to_dict()))
     with replacing(path) as part: program.save(part)
     return path
+
+# %% ../nbs/doors/19_doors.ipynb #7259af85
+def run_onnx(
+    session,  # onnxruntime's `InferenceSession` of a file from `export_onnx`
+    logmel,  # float32 array [B, F, T], standardised; T a multiple of the patch width, at most pre-training's
+):  # float32 array [B, 1 + N, D]
+    "Tokens by ONNX Runtime. Raises `ValueError` for a spectrogram that the file cannot take."
+    config = AaSPConfig.from_dict(json.loads(session.get_modelmeta().custom_metadata_map["aasp_config"]))
+    width, most, shape = config.patch_size[1], config.grid[1] * config.patch_size[1], tuple(logmel.shape)
+    if len(shape) != 3 or shape[1] != config.n_mels:
+        raise ValueError(f"logmel must be [B, {config.n_mels}, T], got {shape}")
+    if shape[2] % width or not shape[2]:
+        raise ValueError(f"T is {shape[2]} and must be a multiple of the patch width {width}: pad or cut the spectrogram")
+    if shape[2] > most:
+        raise ValueError(f"T is {shape[2]} and may be at most {most} frames, pre-training's crop: cut the clip into windows, "
+                         "or use `AaSPEncoder.embed`, which does")
+    return session.run(None, {"logmel": logmel})[0]

@@ -40,6 +40,16 @@ def _compare(folder: Path):
         if not isinstance(sums, dict) or file_sha256(folder / name) != sums.get(name):
             raise CheckpointError(f"{folder}: {name} is damaged (checksum differs): export or copy it again")
 
+# %% ../nbs/recipes/encoders.ipynb #ddfe6be7
+def _refuse_foreign(path: Path):
+    "Raise `CheckpointError` for a model folder of another library, whose config.json names its architecture."
+    try: config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return
+    if not isinstance(config, dict) or "embed_dim" in config and "patch_embed" in config: return
+    kind = config.get("model_type") or config.get("architecture") or config.get("architectures")
+    if kind: raise CheckpointError(f"{path} holds a model of another kind ({kind}), as Hugging Face stores them: give a run "
+                                   "folder, a checkpoint or an encoder folder of this package")
+
 # %% ../nbs/recipes/encoders.ipynb #48ca8a87
 def _encoder_source(path: Path, which: str) -> tuple:
     "Weights of an encoder and its configuration from a run, a checkpoint or an encoder folder."
@@ -48,6 +58,7 @@ def _encoder_source(path: Path, which: str) -> tuple:
         if folder is None: raise CheckpointError(f"{path} holds no readable checkpoint yet")
     elif (path / "state.json").is_file() or path.is_file(): tensors, state = load_checkpoint(path, ("model",))
     else:
+        _refuse_foreign(path)
         try:
             _compare(path)
             return load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ from sklearn.model_selection import GroupShuffleSplit
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from .audio import AudioError
+from .audio import AudioError, resample
 from .benchmarks import append_results, manifest_digest, score
 from .audio import valid_frames
 from .data import (AudioDataset, FileReader, Manifest, ManifestError, dataset_statistics, eval_loader,
@@ -508,9 +508,21 @@ class Classifier:
     classes: list  # names in the order of the outputs
     multi_label: bool  # sigmoid for several labels a clip, softmax for one
 
+    @property
+    def sample_rate(self) -> int: return self.front.config.sample_rate  # Hz of the audio it works on
+
     @torch.no_grad()
-    def __call__(self, waves: torch.Tensor, valid_samples: torch.Tensor | None = None) -> torch.Tensor:  # [B, C]
-        "Probabilities for waveforms [B, S] at the model's rate; samples beyond its frames are not heard."
+    def __call__(self,
+        waves: torch.Tensor,  # [B, S] in [-1, 1]
+        valid_samples: torch.Tensor | None = None,  # [B] samples that are no padding; None: all
+        sr: int | None = None,  # rate of the waveforms, Hz; None: the model's own, `sample_rate`
+    ) -> torch.Tensor:  # [B, C]
+        "Probabilities of waveforms; samples beyond the model's frames are not heard. Raises `AudioError`."
+        if waves.ndim != 2: raise AudioError(f"waves must be [B, S], got {tuple(waves.shape)}: wave[None] for one clip")
+        if sr is not None and sr != self.sample_rate:
+            waves = resample(waves, sr, self.sample_rate)
+            if valid_samples is not None:
+                valid_samples = -(-torch.as_tensor(valid_samples) * self.sample_rate // sr)  # rounded up, as the waves are
         device = next(self.model.parameters()).device
         valid = torch.full((len(waves),), waves.shape[-1]) if valid_samples is None else torch.as_tensor(valid_samples)
         padding = self.front.padding(valid)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'Schedule', 'AaSPLearner', 'build_learner', 'as_config', 'prepare_data', 'describe_data', 'prepare_run',
-           'check_processes', 'pretrain', 'write_results']
+           'check_processes', 'seconds_per_step', 'pretrain', 'write_results']
 
 # %% ../nbs/recipes/pretraining.ipynb #ced41716
-import gc, hashlib, json, math, os, sys, warnings
+import gc, hashlib, json, math, os, sys, time, warnings
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from .files import write_json
 from .loop import (Guard, Learner, Picture, cosine_warmup, fit, make_optimizer, pick_device, restore, split_batch,
                           step_generator)
 from .objectives import cached_contrastive
-from .processes import from_first, gathered, rank, start_processes, summed, world_size
+from .processes import from_first, gathered, rank, start_processes, stop_wanted, summed, world_size
 from .runs import Onlooker, RunDir, RunError, check_same, environment, read_metrics, step_folders, writing
 
 # %% ../nbs/recipes/pretraining.ipynb #e61c06d2
@@ -243,6 +243,26 @@ def _take_part(config: AaSPConfig, data, run_dir: Path, device: str, cache: bool
     run = RunDir(run_dir, True) if rank() == 0 else Onlooker(run_dir)
     try: return _train(run, config, prepare_data(config, data, cache), device, **kw)
     finally: run.close()
+
+# %% ../nbs/recipes/pretraining.ipynb #284cfa5a
+def seconds_per_step(
+    config,  # as in `pretrain`
+    data,  # as in `pretrain`
+    seconds: float = 10.0,  # spent on measuring, after two steps that only warm up
+    device: str = "auto",  # "auto", "cpu", "cuda"
+) -> float:  # median over the steps
+    "Time of a training step on this machine, on weights that are thrown away."
+    config = as_config(config)
+    config = config.replace(norm_measure=False)  # the statistics cost no step
+    device = pick_device(device, config.precision)
+    learner, dataset, times = build_learner(config, device), prepare_data(config, data), []
+    for step, batch in enumerate(train_loader(dataset, config.batch_size, config.seed, 0, workers=0)):
+        begin = time.monotonic()
+        learner.step(batch, step)
+        if device.type == "cuda": torch.cuda.synchronize(device)
+        times.append(time.monotonic() - begin)
+        if len(times) > 4 and sum(times[2:]) >= seconds or stop_wanted(): break
+    return float(np.median(times[2:] or times))
 
 # %% ../nbs/recipes/pretraining.ipynb #a92fb3ae
 def pretrain(

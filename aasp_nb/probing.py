@@ -37,7 +37,7 @@ from .data import (AudioDataset, BrokenClips, FileReader, Manifest, aasp_home, d
 from .finetuning import RULES
 from .config import AaSPConfig, FrontEnd, build_encoder, build_logmel
 from .encoders import encoder_origin, load_encoder
-from .files import digest, write_json
+from .files import check_writable, digest, write_json
 from .loop import pick_device
 from .runs import RunError, environment
 
@@ -310,8 +310,8 @@ def cached(
         try:
             if json.loads(path.with_suffix(".json").read_text()) == json.loads(text): return load_file(path)["features"]
         except Exception as e: warnings.warn(f"{path} is damaged ({type(e).__name__}) and is computed again")
+    check_writable(path.parent, "set AASP_HOME to a folder of yours, or pass cache=None", ProbeError)  # before the work
     features = np.ascontiguousarray(compute(), dtype=np.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
         Path(tmp, "key.json").write_text(text)
         save_file({"features": features}, Path(tmp, "features"))

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'StopRequest', 'world_size', 'rank', 'largest', 'summed', 'averaged', 'gathered', 'from_first', 'agree',
-           'data_parallel', 'joined', 'ProcessError', 'PeerError', 'stop_wanted', 'start_processes']
+           'data_parallel', 'joined', 'ProcessError', 'PeerError', 'stop_wanted', 'start_processes', 'SideBySide']
 
 # %% ../nbs/lab/09b_processes.ipynb #2028a69b
 import contextlib, logging, os, pickle, re, signal, tempfile, time, traceback, uuid
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError, wait
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
 from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 from torch import nn
 
 from .files import replacing
@@ -231,3 +234,64 @@ def start_processes(
                     "this")
     raise ProcessError(f"process {number} of {count} was lost ({how}), the last of {restarts + 1} times: if memory is "
                        "short, lower batch_size or workers; the same call goes on from the last checkpoint")
+
+# %% ../nbs/lab/09b_processes.ipynb #9b7216b4
+def _watch(parent: int, grace: float):
+    "End this process a while after its parent is gone."
+    while os.getppid() == parent: time.sleep(1)
+    time.sleep(grace)  # a training ends by itself, with a checkpoint
+    os._exit(1)
+
+def _beside(folder: str, parent: int, threads: int):
+    "What a process of `SideBySide` does first."
+    _PARENT.update(folder=Path(folder), pid=parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches the parent, which asks for a stop
+    torch.set_num_threads(threads)
+    Thread(target=_watch, args=(parent, 60), daemon=True).start()
+
+# %% ../nbs/lab/09b_processes.ipynb #d9645ed4
+class SideBySide:
+    "Context with processes in which functions run at the same time; signals ask them for a clean stop."
+    def __init__(self,
+        count: int = 2,  # processes
+        threads: int = 1,  # CPU threads of each
+    ): self.count, self.threads = count, threads
+
+    def __enter__(self):
+        self._stack = contextlib.ExitStack()
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="aasp-")))
+        self.stop = self._stack.enter_context(StopRequest())
+        self.pool = ProcessPoolExecutor(self.count, get_context("spawn"), _beside,
+                                        (str(self.folder), os.getpid(), self.threads))
+        return self
+
+    def __exit__(self, kind, *exc):
+        if kind: self._kill()
+        self.pool.shutdown(cancel_futures=True)
+        self._stack.close()
+
+    @property
+    def stopped(self) -> str | None: return self.stop.reason  # the signal's name
+
+    def _kill(self):
+        for p in list((self.pool._processes or {}).values()): p.kill()
+
+# %% ../nbs/lab/09b_processes.ipynb #d6fab138
+@patch
+def run(self: SideBySide,
+    function,  # of a module, not of a notebook
+    calls: list,  # of (positional arguments, named arguments); all are pickled
+    grace: float = 120,  # seconds that the calls may take to end after a request to stop
+    tick=None,  # called about twice a second
+) -> list:  # results in the order of the calls
+    "Run the calls at the same time; raises what a call raises, `KeyboardInterrupt` if they did not stop in time."
+    futures, asked = [self.pool.submit(function, *args, **named) for args, named in calls], None
+    while wait(futures, 0.5).not_done:
+        if tick: tick()
+        if not self.stopped: continue
+        (self.folder / "stop").write_text(self.stopped)
+        asked = asked or time.monotonic()
+        if time.monotonic() - asked > grace: raise KeyboardInterrupt
+    try: return [f.result() for f in futures]
+    except BrokenProcessPool as e:
+        raise ProcessError("a process was killed, maybe for memory: the same call goes on from the last checkpoint") from e
