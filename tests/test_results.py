@@ -71,6 +71,7 @@ def test_two_pretrainings_are_one_mean_only_where_the_seed_is_all_that_differs(c
     first, second = probed("a"), probed("b", seed=1)
     s = summarise(first + second)
     assert (s["seeds"], s["probe_seeds"], s["kind"]) == (2, 2, "seeds")
+    assert len(first) == len(second) == 2 and first[0]["identity"] != second[0]["identity"]
     assert summarise(first)["kind"] == "clips" and summarise(first)["seeds"] == 1
     for rows, name in ((probed("teacher", "teacher", run="b", seed=1), "pretraining.network"), (probed("c", seed=1, target="logmel"),
                        "pretraining.target"), (probed("d", steps=3, run="b", seed=1), "steps")):
