@@ -181,11 +181,12 @@ class Guard:
     def __init__(self,
         run: RunDir,  # where reports go
         max_bad: int = 20,  # bad steps in a row, or a tenth of the run so far and this many, that stop the run
-        floors: dict = None,  # series -> lowest healthy value (default: data2vec 2.0's variance floors as deviations)
+        floors: dict = None,  # series -> lowest healthy value (default: see below)
         after: int = 0,  # step from which the floors count (warm-up)
     ):
         self.run, self.max_bad, self.after, self.total, self.in_a_row = run, max_bad, after, 0, 0
-        self.floors = dict(target_std=0.1, prediction_std=0.01) if floors is None else floors
+        # data2vec 2.0's variance floors as deviations; teacher_std, before the norm, is chosen (seen: healthy 0.4 and more, collapsed below 0.1)
+        self.floors = dict(target_std=0.1, prediction_std=0.01, teacher_std=0.2) if floors is None else floors
         self.alarms = []
 
     def check(self,
