@@ -184,20 +184,20 @@ def execute(
 ) -> tuple:  # exit code, one line about it
     "Run a notebook once, with signals passed to its kernel."
     shown = {} if quiet else dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
-    error, old = "", os.environ.get("AASP_STATUS")
+    error, left, old = "", False, os.environ.get("AASP_STATUS")  # left: by SystemExit, before the last cell
     with tempfile.TemporaryDirectory() as folder, Forwarder() as forwarder:
         status = Path(folder) / "status"
         os.environ["AASP_STATUS"], _Engine.forwarder = str(status), forwarder
         try:
-            execute_notebook(str(notebook), str(out), parameters, engine_name="aasp", progress_bar=False,
-                             store_widget_state=False, kernel_name="python3", language="python", **shown)
-            code = FINISHED
+            done = execute_notebook(str(notebook), str(out), parameters, engine_name="aasp", progress_bar=False,
+                                    store_widget_state=False, kernel_name="python3", language="python", **shown)
+            code, left = FINISHED, any(o.get("ename") == "SystemExit" for c in done.cells for o in c.get("outputs", ()))
         except PapermillExecutionError as e: code, error = FAILED, _error(e)
         except (DeadKernelError, RuntimeError) as e: code, error = KERNEL_DIED, str(e)
         finally: os.environ.pop("AASP_STATUS") if old is None else os.environ.update(AASP_STATUS=old)
         told = _status(status)
     stopped = told.get("status") == "stopped" and code == FINISHED
-    if stopped or (forwarder.received and code == KERNEL_DIED): code = STOPPED
+    if stopped or (forwarder.received and (left or code == KERNEL_DIED)): code = STOPPED
     return code, _explain(code, forwarder.received, told, error)
 
 # %% ../nbs/20_cli.ipynb #0b18a667
