@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'param_groups', 'make_optimizer', 'cosine_warmup', 'step_generator', 'Picture', 'Progress',
-           'TrainingError', 'Window', 'Guard', 'pick_device', 'split_batch', 'Learner', 'fit', 'check_space', 'restore']
+           'TrainingError', 'Window', 'Guard', 'cpu_has_bf16', 'pick_device', 'split_batch', 'Learner', 'fit',
+           'check_space', 'restore']
 
 # %% ../nbs/lab/loop.ipynb #47ddd1e1
-import contextlib, json, math, os, shutil, sys, time
+import contextlib, json, math, os, platform, shutil, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,12 @@ class Guard:
         write_json(path, (old + new)[-1000:])
         self.run.log(f"{len(bad)} steps skipped before step {step}: loss or gradient not finite")
 
+# %% ../nbs/lab/loop.ipynb #cda91d7e
+def cpu_has_bf16() -> bool:
+    "Has this processor instructions for bf16? x86 without them emulates it, tens of times slower than fp32."
+    if platform.machine().lower() not in ("x86_64", "amd64"): return True  # not known: as asked for
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
 # %% ../nbs/lab/loop.ipynb #64f0cfd6
 def pick_device(
     device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1"
@@ -231,6 +238,8 @@ def pick_device(
     if precision not in ("fp32", "bf16"): raise RunError(f"precision must be fp32 or bf16, got {precision!r}")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise RunError(f"{torch.cuda.get_device_name(device)} has no bf16: set precision to fp32")
+    if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        raise RunError("this processor has no bf16 instructions and would be many times slower: set precision to fp32")
     return device
 
 # %% ../nbs/lab/loop.ipynb #e475ae65

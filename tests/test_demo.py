@@ -30,7 +30,7 @@ def steps(home):
     return {f.name.split("-")[1]: max(read_metrics(f).get("step", [0]), default=0) for f in (home / "demo").glob("pretrain-*")}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_both_trainings_with_a_checkpoint(number, tmp_path):
     process = start(tmp_path)
     family = []
