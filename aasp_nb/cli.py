@@ -13,10 +13,11 @@ from pathlib import Path
 
 import nbformat
 from nbclient.exceptions import DeadKernelError
-from papermill import execute_notebook, inspect_notebook
+from papermill import execute_notebook
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
+from papermill.translators import PythonTranslator
 
 # %% ../nbs/20_cli.ipynb #863f5a68
 FINISHED, FAILED, USAGE, KERNEL_DIED, STOPPED = 0, 1, 2, 70, 75  # exit codes; the last two as in sysexits.h
@@ -61,7 +62,7 @@ def declared(
     if len(tagged) != 1:
         raise UsageError(f"{notebook} has {len(tagged)} cells tagged `parameters` and needs one: values would be "
                          "ignored")
-    return inspect_notebook(str(notebook))
+    return {p.name: p._asdict() for p in PythonTranslator.inspect(tagged[0])}  # whatever kernel it was saved under
 
 # %% ../nbs/20_cli.ipynb #e5939711
 def check_parameters(
