@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 OUT    ?= out
 DATA   ?=
 BENCH  ?=
+TICK   ?= 10
 # `make gpu` uses the environment where there is one, else a Python that has PyTorch; WHEELS holds what else it needs
 GPU_PYTHON  ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_VERSION ?= 3.12
@@ -18,10 +19,14 @@ WHEELS      ?= .whl
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
+# pip says nothing for minutes: a line every 10 seconds with the time and what it does; all of it stands in install.log
 $(VENV)/.ready: settings.ini constraints.txt setup.py
-	@echo "Setting up $(VENV): about 2 minutes and 6 GB the first time"
+	@echo "Setting up $(VENV): 2 minutes on an idle machine, 5 beside other work, 6 GB the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[dev]' \
+	  >$(VENV)/install.log 2>&1 & pip=$$!; trap 'kill $$pip 2>/dev/null; exit 130' INT TERM HUP; \
+	while sleep $(TICK); kill -0 $$pip 2>/dev/null; do printf '%4d s  %.100s\n' $$SECONDS "$$(tail -n 1 $(VENV)/install.log)"; done; \
+	wait $$pip || { tail -n 20 $(VENV)/install.log; echo "the installation failed: all of it is in $(VENV)/install.log"; exit 1; }
 	@$(BIN)/jupyter labextension disable @jupyterlab/apputils-extension:announcements >/dev/null 2>&1 || true
 	@touch $@
 
@@ -29,8 +34,7 @@ setup: $(VENV)/.ready   ## create the environment
 
 demo: $(VENV)/.ready    ## pre-train a small AaSP, probe it, draw figures (DATA=folder-or-manifest for your own audio)
 	@mkdir -p $(OUT)/demo
-	@$(BIN)/papermill nbs/runs/demo.ipynb $(OUT)/demo/demo.ipynb --no-progress-bar --log-output \
-	  -p out "$(abspath $(OUT))/demo" $(if $(DATA),-p data "$(abspath $(DATA))")
+	@exec $(BIN)/aasp run demo $(OUT)/demo/demo.ipynb -r out "$(abspath $(OUT))/demo" $(if $(DATA),-r data "$(abspath $(DATA))")
 	@echo; cat $(OUT)/demo/summary.txt
 
 test: $(VENV)/.ready    ## every test that fits into 14 minutes on two cores

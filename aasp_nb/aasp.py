@@ -14,7 +14,7 @@ from torch import nn
 
 from .masking import inverse_block_mask, sample_queries, visible_indices
 from .objectives import (LOSS_SCALES, contrastive_loss, contrastive_surrogate, logmel_targets, masked_prediction_loss,
-                                teacher_targets, token_spread, utterance_loss, visible_mean)
+                                relative_spread, teacher_targets, token_spread, utterance_loss, visible_mean)
 
 # %% ../nbs/method/08_aasp.ipynb #82702206
 def ema_momentum(
@@ -183,6 +183,7 @@ class AaSP(nn.Module):
         with torch.no_grad():
             _, layers = self.teacher.forward_features(logmel, padding=padding, cls=c.teacher_cls,
                                                       return_layers=c.target_layer)
+            self.teacher_std = relative_spread(layers[-1], None if pad is None else ~pad)  # for the log
             targets = teacher_targets(layers, c.target_norm, pad)
             if c.cls_target_norm == c.target_norm: return targets, targets
             return targets, teacher_targets(layers, c.cls_target_norm, pad)
@@ -238,6 +239,7 @@ class AaSP(nn.Module):
                     target_std=token_spread(targets, None if pad is None else ~pad),
                     prediction_std=token_spread(prediction, asked),
                     padded_share=loss.new_zeros(()) if padding is None else padding.float().mean())
+        if self.teacher is not None: logs["teacher_std"] = self.teacher_std
         return loss, {k: v.detach().float() for k, v in logs.items()}
 
     @torch.no_grad()

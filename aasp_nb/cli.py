@@ -13,10 +13,11 @@ from pathlib import Path
 
 import nbformat
 from nbclient.exceptions import DeadKernelError
-from papermill import execute_notebook, inspect_notebook
+from papermill import execute_notebook
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
+from papermill.translators import PythonTranslator
 
 # %% ../nbs/doors/20_cli.ipynb #863f5a68
 FINISHED, FAILED, USAGE, KERNEL_DIED, STOPPED = 0, 1, 2, 70, 75  # exit codes; the last two as in sysexits.h
@@ -61,7 +62,7 @@ def declared(
     if len(tagged) != 1:
         raise UsageError(f"{notebook} has {len(tagged)} cells tagged `parameters` and needs one: values would be "
                          "ignored")
-    return inspect_notebook(str(notebook))
+    return {p.name: p._asdict() for p in PythonTranslator.inspect(tagged[0])}  # whatever kernel it was saved under
 
 # %% ../nbs/doors/20_cli.ipynb #e5939711
 def check_parameters(
@@ -184,20 +185,20 @@ def execute(
 ) -> tuple:  # exit code, one line about it
     "Run a notebook once, with signals passed to its kernel."
     shown = {} if quiet else dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
-    error, old = "", os.environ.get("AASP_STATUS")
+    error, left, old = "", False, os.environ.get("AASP_STATUS")  # left: by SystemExit, before the last cell
     with tempfile.TemporaryDirectory() as folder, Forwarder() as forwarder:
         status = Path(folder) / "status"
         os.environ["AASP_STATUS"], _Engine.forwarder = str(status), forwarder
         try:
-            execute_notebook(str(notebook), str(out), parameters, engine_name="aasp", progress_bar=False,
-                             store_widget_state=False, kernel_name="python3", language="python", **shown)
-            code = FINISHED
+            done = execute_notebook(str(notebook), str(out), parameters, engine_name="aasp", progress_bar=False,
+                                    store_widget_state=False, kernel_name="python3", language="python", **shown)
+            code, left = FINISHED, any(o.get("ename") == "SystemExit" for c in done.cells for o in c.get("outputs", ()))
         except PapermillExecutionError as e: code, error = FAILED, _error(e)
         except (DeadKernelError, RuntimeError) as e: code, error = KERNEL_DIED, str(e)
         finally: os.environ.pop("AASP_STATUS") if old is None else os.environ.update(AASP_STATUS=old)
         told = _status(status)
     stopped = told.get("status") == "stopped" and code == FINISHED
-    if stopped or (forwarder.received and code == KERNEL_DIED): code = STOPPED
+    if stopped or (forwarder.received and (left or code == KERNEL_DIED)): code = STOPPED
     return code, _explain(code, forwarder.received, told, error)
 
 # %% ../nbs/doors/20_cli.ipynb #0b18a667

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'param_groups', 'make_optimizer', 'cosine_warmup', 'step_generator', 'Picture', 'Progress',
-           'TrainingError', 'Window', 'Guard', 'pick_device', 'split_batch', 'Learner', 'fit', 'check_space', 'restore']
+           'TrainingError', 'Window', 'Guard', 'cpu_has_bf16', 'pick_device', 'split_batch', 'Learner', 'fit',
+           'check_space', 'restore']
 
 # %% ../nbs/lab/loop.ipynb #47ddd1e1
-import contextlib, json, math, os, shutil, sys, time
+import contextlib, json, math, os, platform, shutil, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -181,11 +182,12 @@ class Guard:
     def __init__(self,
         run: RunDir,  # where reports go
         max_bad: int = 20,  # bad steps in a row, or a tenth of the run so far and this many, that stop the run
-        floors: dict = None,  # series -> lowest healthy value (default: data2vec 2.0's variance floors as deviations)
+        floors: dict = None,  # series -> lowest healthy value (default: see below)
         after: int = 0,  # step from which the floors count (warm-up)
     ):
         self.run, self.max_bad, self.after, self.total, self.in_a_row = run, max_bad, after, 0, 0
-        self.floors = dict(target_std=0.1, prediction_std=0.01) if floors is None else floors
+        # data2vec 2.0's variance floors as deviations; teacher_std, before the norm, is chosen (seen: healthy 0.4 and more, collapsed below 0.1)
+        self.floors = dict(target_std=0.1, prediction_std=0.01, teacher_std=0.2) if floors is None else floors
         self.alarms = []
 
     def check(self,
@@ -216,6 +218,12 @@ class Guard:
         write_json(path, (old + new)[-1000:])
         self.run.log(f"{len(bad)} steps skipped before step {step}: loss or gradient not finite")
 
+# %% ../nbs/lab/loop.ipynb #cda91d7e
+def cpu_has_bf16() -> bool:
+    "Has this processor instructions for bf16? x86 without them emulates it, tens of times slower than fp32."
+    if platform.machine().lower() not in ("x86_64", "amd64"): return True  # not known: as asked for
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
 # %% ../nbs/lab/loop.ipynb #64f0cfd6
 def pick_device(
     device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1"
@@ -230,6 +238,8 @@ def pick_device(
     if precision not in ("fp32", "bf16"): raise RunError(f"precision must be fp32 or bf16, got {precision!r}")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise RunError(f"{torch.cuda.get_device_name(device)} has no bf16: set precision to fp32")
+    if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        raise RunError("this processor has no bf16 instructions and would be many times slower: set precision to fp32")
     return device
 
 # %% ../nbs/lab/loop.ipynb #e475ae65

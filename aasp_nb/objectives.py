@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSS_SCALES', 'normalize_layer', 'teacher_targets', 'logmel_targets', 'squared_error', 'masked_prediction_loss',
            'utterance_loss', 'visible_mean', 'ContrastiveHead', 'gather_with_gradient', 'contrastive_loss',
-           'cached_contrastive', 'contrastive_surrogate', 'token_spread']
+           'cached_contrastive', 'contrastive_surrogate', 'token_spread', 'relative_spread']
 
 # %% ../nbs/method/07_objectives.ipynb #d2b5441f
 import math
@@ -236,3 +236,14 @@ def token_spread(
     n = w.sum().clamp(min=1)
     mean = (x*w).sum(0)/n
     return (((x-mean).square()*w).sum(0)/n).sqrt().mean()
+
+# %% ../nbs/method/07_objectives.ipynb #159c58d5
+def relative_spread(
+    x:torch.Tensor,               # tokens [..., D], not normalised
+    keep:torch.Tensor|None=None,  # bool [...], False leaves a token out
+) -> torch.Tensor: # 0-d float32 in [0, 1], no gradient; 0: all tokens are one vector
+    "Deviation of the tokens from their mean over their root mean square."
+    x = x.detach().float().flatten(0, -2)
+    w = torch.ones_like(x[:, :1]) if keep is None else keep.flatten().unsqueeze(-1).to(x.dtype)
+    n = w.sum().clamp(min=1)
+    return ((x-(x*w).sum(0)/n).square()*w).sum().sqrt()/(x.square()*w).sum().sqrt().clamp(min=1e-12)

@@ -532,6 +532,27 @@ def test_row_lost_tag(tmp_path):
     with refused(ConfigError, "lost its tag"): settings.notebook_parameters(dict(In=["", "# Parameters\na = 3", "a: int = 1"], a=1))
 
 
+def test_row_text_like_a_number(tmp_path, capsys):
+    from aasp_nb.cli import FINISHED, find_notebook, main, typed
+    typed_in = [("run_dir", "007"), ("data", "12e4567"), ("preset", "1e3")]
+    assert typed(find_notebook("pretrain"), typed_in) == dict(typed_in)
+    cells = [nbformat.v4.new_code_cell("a: str = ''\nb = 0", metadata=dict(tags=["parameters"])), nbformat.v4.new_code_cell("print([a, b])")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    assert main(["run", str(tmp_path / "a.ipynb"), str(tmp_path / "b.ipynb"), "-p", "a", "007", "-r", "b", "1e3"]) == FINISHED
+    assert "['007', '1e3']" in capsys.readouterr().out
+
+
+def test_row_other_kernel(tmp_path, capsys):
+    from aasp_nb.cli import FINISHED, USAGE, main
+    cells = [nbformat.v4.new_code_cell("a: int = 1", metadata=dict(tags=["parameters"]))]
+    for name, language, code in (("conda-env-x-py", "python", FINISHED), ("ir", "R", USAGE)):
+        meta = dict(kernelspec=dict(name=name, display_name=name, language=language))
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=meta), tmp_path / f"{language}.ipynb")
+        assert main(["run", str(tmp_path / f"{language}.ipynb"), str(tmp_path / "o.ipynb")]) == code
+        said = "".join(capsys.readouterr())
+        assert "running it with this Python's" in said if code == FINISHED else "only Python notebooks" in said
+
+
 @pytest.mark.parametrize("field, value", [("views", "many"), ("views", 2.5), ("lr", "fast"), ("adaptive", "maybe"), ("patch_size", 16),
                                           ("phase", "odd"), ("block_sizes", "(4, 6)"), ("steps", None), ("seed", [1])])
 def test_row_wrong_type(field, value):
@@ -615,6 +636,15 @@ def test_row_folder_not_writable(clips, tmp_path):
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "file" / "run", Path("/proc/run")):
         with refused(RunError, "cannot write to run_dir", "another run_dir"): pretrain(config(), clips, place, **CALL)
+
+
+def test_row_home_not_writable(clips, tmp_path, monkeypatch):
+    from aasp_nb import probing
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AASP_HOME", str(tmp_path / "file" / "home"))  # below a file: nobody can write there, not even root
+    monkeypatch.setattr(probing, "extract_baseline", lambda *a, **k: pytest.fail("features were computed first"))
+    with refused(probing.ProbeError, "cannot be written", "AASP_HOME"): probing.run_probe("logmel", clips, steps=1, seeds=(0,))
+    with refused(ManifestError, "cannot be written", "AASP_HOME"): decode_once(Manifest.open(clips))
 
 
 def test_row_disk_full(clips, tmp_path, monkeypatch):
@@ -704,6 +734,47 @@ def test_row_pickle(tmp_path):
 
 # --- devices -------------------------------------------------------------------------------------------------------------
 
+def test_row_foreign_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(architectures=["ASTModel"], model_type="audio-spectrogram-transformer")))
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with refused(CheckpointError, "audio-spectrogram-transformer", "give a run folder"): load_encoder(tmp_path)
+
+
+def test_row_drop_path_with_checkpoint():
+    from aasp_nb import doors
+    model = doors.make_timm("tiny", checkpoint=doors.DEMO, drop_path_rate=0.5)
+    x = torch.randn(2, 1, 128, 48)
+    assert model.config.drop_path == 0.5 and torch.allclose(model(x), doors.make_timm("tiny", checkpoint=doors.DEMO)(x), atol=1e-5)
+    assert not torch.equal(model.train()(x), model(x))
+
+
+def test_row_classifier_rate(tmp_path):
+    from aasp_nb.finetuning import FinetuneModel, load_classifier, save_classifier
+    c = config()
+    save_classifier(FinetuneModel(build_encoder(c), 3).eval(), c, c, list("abc"), False, tmp_path / "m")
+    model, x = load_classifier(tmp_path / "m"), torch.randn(2, 8000) / 10
+    assert model.sample_rate == 16000 and torch.equal(model(x, sr=16000), model(x))
+    with refused(AudioError, "wave[None]"): model(x[0])
+
+
+def test_row_onnx_too_long():
+    from types import SimpleNamespace
+    from aasp_nb.doors import run_onnx
+    meta = SimpleNamespace(custom_metadata_map=dict(aasp_config=json.dumps(config().to_dict())))
+    session, most = SimpleNamespace(get_modelmeta=lambda: meta), config().n_frames
+    with refused(ValueError, f"at most {most} frames", "windows"): run_onnx(session, np.zeros((1, 128, most + 16), np.float32))
+    with refused(ValueError, "multiple of the patch width 16"): run_onnx(session, np.zeros((1, 128, 17), np.float32))
+
+
+def test_row_port_taken(capsys):
+    import socket
+    from aasp_nb.cli import USAGE, main
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)), s.listen()
+        assert main(["dashboards", ".", "--port", str(s.getsockname()[1])]) == USAGE
+    assert "in use by another program" in capsys.readouterr().err
+
+
 def test_row_no_gpu(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with refused(RunError, "no GPU", 'device="cpu"'): pretrain(config(), clips, tmp_path / "run", device="cuda")
@@ -735,6 +806,13 @@ def test_row_no_bf16(monkeypatch):
     with refused(RunError, "Old GPU", "set precision to fp32"): loop.pick_device("cuda", "bf16")
 
 
+def test_row_cpu_without_bf16(monkeypatch, capsys):
+    for module in (loop, pretraining): monkeypatch.setattr(module, "cpu_has_bf16", lambda: False)
+    with refused(RunError, "no bf16 instructions", "set precision to fp32"): loop.pick_device("cpu", "bf16")
+    assert pretraining.fitting_precision(AaSPConfig.preset("base"), "cpu").precision == "fp32"
+    assert "training in fp32" in capsys.readouterr().out
+
+
 def test_row_out_of_memory(clips, tmp_path, monkeypatch):
     def step(self, batch, s): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     monkeypatch.setattr(loop.Learner, "step", step)
@@ -750,6 +828,13 @@ def test_row_not_finite_loss(clips, tmp_path, monkeypatch):
 
 
 # --- the table -----------------------------------------------------------------------------------------------------------
+
+def test_row_collapse(tmp_path):
+    guard = loop.Guard(RunDir(tmp_path / "run"))
+    for step in (5, 10): guard.check(step, dict(teacher_std=0.05, target_std=0.99, prediction_std=0.5), [], 5)
+    assert [(a["series"], a["step"]) for a in guard.alarms] == [("teacher_std", 5)]
+    guard.run.close()
+
 
 def test_every_row_of_the_table_has_a_test_and_every_test_a_row():
     page = nbformat.read(Path(__file__).parent.parent / "nbs" / "bad_input.ipynb", 4)

@@ -542,6 +542,19 @@ def test_collapse_alarm_of_a_run(clips, tmp_path, monkeypatch, capsys):
     assert "COLLAPSE ALARM" in capsys.readouterr().out and "COLLAPSE ALARM" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_collapse_alarm_of_a_run_that_collapses(clips, tmp_path):
+    """A teacher that copies the student and a learning rate fifty times too large: every token becomes one vector, while the
+    normalised targets look as spread as ever; the same run as it should be raises no alarm."""
+    no_teacher = dict(lr=0.05, ema_base=0.0, ema_end=0.0, contrastive_weight=0.0)
+    good = pretrain(calm(steps=40, batch_size=4), clips, tmp_path / "good", **CALL)
+    assert good["alarms"] == [] and read_metrics(tmp_path / "good")["teacher_std"].min() > 0.4
+    bad = pretrain(calm(steps=20, batch_size=4, **no_teacher), clips, tmp_path / "bad", **CALL)
+    alarms, seen = {a["series"]: a["step"] for a in bad["alarms"]}, read_metrics(tmp_path / "bad")
+    assert np.nanmin(seen["teacher_std"]) < 0.1 and np.nanmin(seen["target_std"]) > 0.9
+    assert alarms["teacher_std"] <= 20 and "target_std" not in alarms
+    assert "COLLAPSE ALARM" in (tmp_path / "bad" / "log.txt").read_text()
+
+
 def test_bad_steps_leave_the_weights_alone_and_are_counted(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
