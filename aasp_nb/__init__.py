@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 # %% ../nbs/front_door.ipynb #391af06a
-_HOME = dict(AaPE="patch_embed", AudioViT="encoder", AaSP="aasp", AaSPConfig="config", AaSPEncoder="hub", Manifest="data",
+_HOME = dict(AaPE="patch_embed", AudioViT="encoder", AaSP="aasp", AaSPConfig="config", AaSPEncoder="encoders", Manifest="data",
              build="config", finetune="finetuning", load_encoder="encoders", pretrain="pretraining",
              register_encoder="config", register_patch_embed="config", register_predictor="config", run_probe="probing")
 __all__ = sorted(_HOME)
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from aasp_nb.config import AaSPConfig, build, register_encoder, register_patch_embed, register_predictor
     from aasp_nb.data import Manifest
     from aasp_nb.encoder import AudioViT
-    from aasp_nb.encoders import load_encoder
+    from aasp_nb.encoders import AaSPEncoder, load_encoder
     from aasp_nb.finetuning import finetune
-    from aasp_nb.hub import AaSPEncoder
     from aasp_nb.patch_embed import AaPE
     from aasp_nb.pretraining import pretrain
     from aasp_nb.probing import run_probe

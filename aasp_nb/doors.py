@@ -22,7 +22,7 @@ from torch import nn
 # %% ../nbs/doors/19_doors.ipynb #e471d208
 import aasp_nb
 from .audio import AudioError
-from .hub import AaSPEncoder, as_wave
+from .encoders import AaSPEncoder, as_wave
 from .patch_embed import AaPE
 from .config import AaSPConfig, build_encoder
 from .files import replacing

@@ -21,7 +21,8 @@ from .aliasbench import ridge_probe
 from .audio import AudioError, LogMel, standardize
 from .data import FileReader, Manifest, ManifestError, split_name
 from .config import build_logmel
-from .probing import BASELINES, encode_clips, open_model
+from .encoders import encode_clips
+from .probing import BASELINES, open_model
 from .stability import fractional_delay
 
 # %% ../nbs/exhibits/14b_robustness.ipynb #f4402b43

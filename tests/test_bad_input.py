@@ -24,7 +24,7 @@ from aasp_nb.audio import AudioError, LogMel, load_audio
 from aasp_nb.clips import generate_clip, write_clips
 from aasp_nb.data import AudioDataset, FileReader, Manifest, ManifestError, dataset_statistics, decode_once, train_loader
 from aasp_nb.finetuning import FinetuneConfig, balanced_weights, prepare_task, split_clips
-from aasp_nb.hub import AaSPEncoder
+from aasp_nb.encoders import AaSPEncoder
 from aasp_nb.config import AaSPConfig, build_encoder
 from aasp_nb.settings import ConfigError
 from aasp_nb.probing import longer_clips

@@ -7,7 +7,7 @@ import torch
 
 from aasp_nb.audio import AudioError
 from aasp_nb.clips import generate_clip
-from aasp_nb.hub import AaSPEncoder
+from aasp_nb.encoders import AaSPEncoder
 from aasp_nb.config import AaSPConfig, build_encoder
 from aasp_nb.runs import CheckpointError
 

@@ -22,7 +22,7 @@ from aasp_nb.patch_dashboard import CHECKPOINTS, PatchDashboard
 from aasp_nb.window_dashboard import WindowDashboard
 for made in (AblationDashboard(), WindowDashboard(), *(PatchDashboard(checkpoint=c) for c in CHECKPOINTS)):
     assert made.result is not None and made.toolbar.error == "", made.toolbar.error
-from aasp_nb.hub import AaSPEncoder
+from aasp_nb.encoders import AaSPEncoder
 from aasp_nb.doors import DEMO, load_model
 assert Path(DEMO).is_relative_to(sys.prefix)
 import torch

@@ -30,7 +30,7 @@ EMBED = """
 ELSEWHERE = """
     import sys, numpy as np
     from aasp_nb.encoders import load_encoder
-    from aasp_nb.hub import AaSPEncoder
+    from aasp_nb.encoders import AaSPEncoder
     from aasp_nb.probing import run_probe
     run, clips = sys.argv[1:]
     encoder, config = load_encoder(run)
