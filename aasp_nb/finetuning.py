@@ -18,9 +18,9 @@ import os
 import shutil
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from .data import (AudioDataset, FileReader, Manifest, ManifestError, dataset_st
                           split_name, train_loader, unused_rows)
 from .patch_embed import init_linear
 from .config import AaSPConfig, build_encoder, build_logmel
-from .settings import ConfigError, Table, coerce, option, refuse_unknown, require
+from .settings import ConfigError, Settings, Table, option, refuse_unknown, require
 from .config import FrontEnd
 from .encoders import encoder_origin, load_encoder, save_encoder
 from .files import digest, write_json
@@ -51,7 +51,7 @@ from .runs import CheckpointError, RunDir, RunError, check_same, environment, re
 
 # %% ../nbs/recipes/12_finetuning.ipynb #c4412d74
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Settings):
     "Everything that decides a fine-tuning run; immutable, checked when made. Make one with `FinetuneConfig.preset`."
     frames: int | None = option(None, "chosen", "frames per clip; None: the longest of the data, at most 1008")
     multi_label: bool | None = option(None, "text", "several labels a clip, scored by mAP; None: as the labels are")
@@ -82,11 +82,12 @@ class FinetuneConfig:
     preset_name: str = option("as20k", "chosen", "preset this configuration started from")
     version: int = option(1, "chosen", "version of the configuration format")
 
-    def __post_init__(self):
-        for name, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, coerce(name, getattr(self, name), kind))
-        if self.warmup_steps is None: object.__setattr__(self, "warmup_steps", self.steps // 10)
-        _check_finetune(self)
+    def resolve(self):
+        if self.warmup_steps is None: self._set("warmup_steps", self.steps // 10)
+
+    def checks(self): _check_finetune(self); return ()
+
+    def started(self): return FINETUNE_PRESETS.get(self.preset_name, {})
 
 # %% ../nbs/recipes/12_finetuning.ipynb #4cf6bc6f
 def _check_finetune(c):
@@ -128,35 +129,12 @@ def preset(cls: FinetuneConfig,
     refuse_unknown([name], FINETUNE_PRESETS, "preset")
     return cls.from_dict({**FINETUNE_PRESETS[name], "preset_name": name, **overrides})
 
-@patch(cls_method=True)
-def from_dict(cls: FinetuneConfig,
-    values: dict,  # field names and values; absent fields take their defaults
-) -> FinetuneConfig:  # checked
-    "A configuration from `to_dict`'s result or a part of it; `ConfigError` for unknown names."
-    if not isinstance(values, dict): raise ConfigError(f"a configuration is a dictionary, not {type(values).__name__}")
-    refuse_unknown(values, [f.name for f in fields(cls)], "field")
-    return cls(**values)
-
-@patch
-def to_dict(self: FinetuneConfig) -> dict:  # every field; tuples as lists
-    "The configuration as plain JSON values."
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
 # %% ../nbs/recipes/12_finetuning.ipynb #9f7d40da
 @patch
 def deviations(self: FinetuneConfig) -> dict:  # field -> value in use, for those that differ; the seed is left out
     "What differs from the preset: stored with every result."
     start = FinetuneConfig.preset(self.preset_name).to_dict()
     return {k: v for k, v in self.to_dict().items() if v != start[k] and k != "seed"}
-
-@patch
-def describe(self: FinetuneConfig) -> Table:  # markdown table: name, value, origin, doc
-    "Name, value, origin and meaning of every field."
-    rows, changed = ["| field | value | origin | meaning |", "|---|---|---|---|"], self.deviations()
-    for f in fields(self):
-        origin = "set by you" if f.name in changed else f.metadata["origin"]
-        rows.append(f"| {f.name} | {getattr(self, f.name)} | {origin} | {f.metadata['doc']} |")
-    return Table("\n".join(rows))
 
 # %% ../nbs/recipes/12_finetuning.ipynb #77275f6b
 class FinetuneModel(nn.Module):

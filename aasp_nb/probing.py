@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from .config import AaSPConfig, FrontEnd, build_encoder, build_logmel
 from .encoders import encode_clips, encoder_origin, load_encoder, pool_tokens, target_frames
 from .files import check_writable, digest, write_json
 from .loop import pick_device
+from .settings import Settings, option, refuse_unknown
 from .runs import RunError, environment
 
 # %% ../nbs/recipes/13_probing.ipynb #f8df8a3a
@@ -293,25 +294,25 @@ def probe_data(
 
 # %% ../nbs/recipes/13_probing.ipynb #4d7d759a
 @dataclass(frozen=True)
-class ProbeConfig:
-    "Settings of a linear probe (paper, Table II; or EVAR's linear evaluation)."
-    protocol: str = "paper"  # name under which results are reported: "paper" or "evar" [text]
-    steps: int | None = 8000  # optimizer steps; None: `epochs` of them [Table II]
-    epochs: int | None = None  # passes over the training set, where `steps` is None [EVAR: 200]
-    batch_size: int = 128  # clips per step [Table II]
-    lr: float = 1e-3  # peak learning rate [chosen]
-    schedule: str = "cosine"  # "cosine" to 0, or "constant" [text]
-    weight_decay: float = 0.0  # added to the gradient, as torch's Adam does [text]
-    betas: tuple = (0.9, 0.999)  # Adam [chosen: torch's default]
-    evaluations: int = 50  # scores taken on the way, evenly spaced (`epochs`: after each) [chosen]
-    patience: int | None = None  # epochs without a better validation score before a run stops [EVAR: 20]
-    validation: float = 0.1  # share of the training groups held out where there is no validation split [chosen]
-    twin: bool = True  # without a validation split, let a twin choose the step; False: train without the share [EVAR]
-    headline: str = "last_step"  # rule that is reported first: "last_step" or "validation"
-    seeds: tuple = (0, 1, 2)  # three seeds [text]
+class ProbeConfig(Settings):
+    "Settings of a linear probe (paper, Table II; or EVAR's linear evaluation); immutable, checked when made."
+    protocol: str = option("paper", "text", "name under which results are reported: paper or evar")
+    steps: int | None = option(8000, "text", "optimizer steps (Table II); None: `epochs` of them")
+    epochs: int | None = option(None, "chosen", "passes over the training set, where `steps` is None (EVAR: 200)")
+    batch_size: int = option(128, "text", "clips per step (Table II)")
+    lr: float = option(1e-3, "chosen", "peak learning rate")
+    schedule: str = option("cosine", "text", "cosine to 0, or constant")
+    weight_decay: float = option(0.0, "text", "added to the gradient, as torch's Adam does")
+    betas: tuple[float, float] = option((0.9, 0.999), "chosen", "Adam's (torch's default)")
+    evaluations: int = option(50, "chosen", "scores taken on the way, evenly spaced (`epochs`: after each)")
+    patience: int | None = option(None, "chosen", "epochs without a better validation score before a run stops (EVAR: 20)")
+    validation: float = option(0.1, "chosen", "share of the training groups held out where there is no validation split")
+    twin: bool = option(True, "chosen", "without a validation split a twin chooses the step; False: train without the share (EVAR)")
+    headline: str = option("last_step", "chosen", "rule that is reported first: last_step or validation")
+    seeds: tuple[int, ...] = option((0, 1, 2), "text", "one probe each")
 
-    def __post_init__(self):
-        checks = ((self.headline in ("last_step", "validation"), "headline must be 'last_step' or 'validation': the "
+    def checks(self):
+        return ((self.headline in ("last_step", "validation"), "headline must be 'last_step' or 'validation': the "
                    "best step on the test set is reported, but never as the headline"),
                   ((self.steps is None) != (self.epochs is None), "give either steps or epochs"),
                   (self.schedule in ("cosine", "constant"), f"schedule must be cosine or constant: {self.schedule!r}"),
@@ -319,8 +320,6 @@ class ProbeConfig:
                   (len(set(self.seeds)) == len(self.seeds) > 0, f"seeds must be different numbers, got {self.seeds}"),
                   (min(self.batch_size, self.evaluations, self.steps or 1, self.epochs or 1) >= 1,
                    "batch_size, steps, epochs and evaluations must be at least 1"))
-        for ok, message in checks:
-            if not ok: raise ProbeError(message)
 
 # %% ../nbs/recipes/13_probing.ipynb #ceb2d2df
 PROBE_PRESETS = {
@@ -337,10 +336,8 @@ def probe_preset(
     **overrides,  # fields of `ProbeConfig`
 ) -> ProbeConfig:  # the preset with the overrides
     "A protocol by name; unknown names and fields are refused."
-    if name not in PROBE_PRESETS: raise ProbeError(f"unknown preset {name!r}; known: {', '.join(PROBE_PRESETS)}")
-    unknown = sorted(set(overrides) - {f.name for f in fields(ProbeConfig)})
-    if unknown: raise ProbeError(f"unknown settings {unknown}; known: {', '.join(f.name for f in fields(ProbeConfig))}")
-    return replace(PROBE_PRESETS[name], **overrides)
+    refuse_unknown([name], PROBE_PRESETS, "preset")
+    return PROBE_PRESETS[name].replace(**overrides)
 
 # %% ../nbs/recipes/13_probing.ipynb #2a29aa77
 def probe_deviations(
@@ -348,8 +345,8 @@ def probe_deviations(
     preset: str,  # the preset they started from
 ) -> dict:  # field -> value in use, for those that differ
     "What differs from the preset: stored with every result."
-    default = asdict(PROBE_PRESETS[preset])
-    return {k: v for k, v in asdict(config).items() if v != default[k]}
+    default = PROBE_PRESETS[preset].to_dict()
+    return {k: v for k, v in config.to_dict().items() if v != default[k]}
 
 # %% ../nbs/recipes/13_probing.ipynb #b1b2e099
 @dataclass
@@ -798,7 +795,7 @@ def run_probe(
     cache = aasp_home("cache", "features") if cache == "auto" else cache
     x, settings = model_features(model, manifest, cache=cache, device=device, progress=say("clips"), **(features or {}))
     result = linear_probe(probe_data(manifest, x, use, classes, multi), config, folds, device, say("steps"))
-    asked = dict(task="linear_probe", weights=model.fingerprint or model.kind, protocol=asdict(config), features=settings,
+    asked = dict(task="linear_probe", weights=model.fingerprint or model.kind, protocol=config.to_dict(), features=settings,
                  data=manifest_digest(manifest), use=use, folds=folds, classes=result.data.classes)
     settings = {**settings, **probe_deviations(config, preset), **({"folds": list(folds)} if folds else {}),
                 **({"origin": model.origin} if model.origin else {})}
