@@ -6,9 +6,9 @@
 __all__ = ['MODULATION_EDGES', 'BASELINES', 'PROBE_PRESETS', 'STATISTICS_FIELDS', 'FEATURE_VERSION', 'ProbeError', 'WholeClips',
            'extract_features', 'logmel_statistics', 'modulation_energies', 'modulation_statistics', 'extract_baseline',
            'encoder_fingerprint', 'data_fingerprint', 'cached', 'ProbeData', 'probe_data', 'ProbeConfig',
-           'probe_preset', 'probe_deviations', 'probe_runs', 'linear_probe', 'bootstrap_interval', 'ProbeResult',
-           'paired_difference', 'probe_summary', 'probe_table', 'ProbeModel', 'open_model', 'input_statistics',
-           'longer_clips', 'model_features', 'run_probe', 'save_probe', 'record_probe', 'Lines']
+           'probe_preset', 'probe_deviations', 'probe_runs', 'linear_probe', 'ProbeResult', 'paired_difference',
+           'probe_summary', 'probe_table', 'ProbeModel', 'open_model', 'input_statistics', 'longer_clips',
+           'model_features', 'run_probe', 'save_probe', 'record_probe', 'Lines']
 
 # %% ../nbs/recipes/13_probing.ipynb #967cb4ee
 import contextlib
@@ -30,10 +30,10 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from .audio import AudioError, modulation_frequencies, padding_mask, valid_frames
-from .benchmarks import append_results, manifest_digest, mean_average_precision, score
+from .benchmarks import append_results, manifest_digest, score
 from .data import (AudioDataset, BrokenClips, FileReader, Manifest, aasp_home, dataset_statistics, split_name,
                           unused_rows)
-from .finetuning import RULES
+from .evaluation import RULES, Selection, bootstrap_interval, fold_rows, hold_out, split_rows, spread
 from .config import AaSPConfig, FrontEnd, build_encoder, build_logmel
 from .encoders import encode_clips, encoder_origin, load_encoder, pool_tokens, target_frames
 from .files import check_writable, digest, write_json
@@ -366,17 +366,6 @@ def _seeds(seed, fold):
     "Seeds of the random numbers of one run: a function of its seed and the fold's name alone."
     return [seed, int.from_bytes(hashlib.sha256(fold.encode()).digest()[:4], "big")]
 
-
-def _hold_out(train, group, share, seed):
-    "A seeded split of clips by group: (kept, held out), at least one group on each side."
-    names = np.unique(group[train])
-    if len(names) < 2: raise ProbeError("a validation share needs at least two groups of training clips")
-    order = np.random.default_rng(seed).permutation(names)
-    sizes = np.cumsum([np.sum(group[train] == g) for g in order])
-    k = min(max(1, int(np.searchsorted(sizes, share * len(train))) + 1), len(names) - 1)
-    held = np.isin(group[train], order[:k])
-    return train[~held], train[held]
-
 # %% ../nbs/recipes/13_probing.ipynb #cfc9008b
 def _splits(data, folds=None):
     "[(fold name, train, valid, test)] from folds if there are any, otherwise from the fixed splits."
@@ -384,17 +373,10 @@ def _splits(data, folds=None):
     if data.fold is not None and len(set(data.fold)) > 1:
         fold = np.asarray([str(f) for f in data.fold])
         names = sorted(set(fold) - {""}, key=lambda s: (len(s), s)) if folds is None else [str(f) for f in folds]
-        unknown = sorted(set(names) - set(fold))
-        if unknown: raise ProbeError(f"folds {unknown} do not occur; there are {sorted(set(fold))}")
         unused_rows("fold", fold[fold == ""], n)
-        return [(f, np.flatnonzero((fold != f) & (fold != "")), np.array([], int), np.flatnonzero(fold == f))
-                for f in names]
+        return [(f, *fold_rows(fold, f)) for f in names]
     if data.split is None: raise ProbeError("the data have neither folds nor a split: name one in the manifest")
-    split = np.asarray([split_name(s) for s in data.split])
-    parts = [np.flatnonzero(split == s) for s in ("train", "valid", "test")]
-    if not len(parts[0]) or not len(parts[2]):
-        raise ProbeError(f"the split column needs 'train' and 'test', found {sorted(set(split.tolist()))}")
-    unused_rows("split", split[np.setdiff1d(np.arange(n), np.concatenate(parts))], n)
+    parts = split_rows(data.split)
     for name, rows in zip(("train", "valid", "test"), parts):
         if data.labels.ndim == 2 and len(rows) and not data.labels[rows].any():
             raise ProbeError(f"none of the {len(rows)} {name} clips has a label of {len(data.classes)} classes: its "
@@ -414,7 +396,7 @@ def probe_runs(
         for fold, train, valid, test in _splits(data, folds):
             me = len(runs)
             if len(valid): runs.append(_Run(seed, fold, train, valid, test, train, me)); continue
-            kept, valid = _hold_out(train, group, config.validation, _seeds(seed, fold))
+            kept, valid = hold_out(train, group, config.validation, _seeds(seed, fold))
             if not config.twin: runs.append(_Run(seed, fold, kept, valid, test, train, me)); continue
             runs.append(_Run(seed, fold, train, valid, test, train, me + 1))
             runs.append(_Run(seed, fold, kept, valid, test, kept, me + 1, twin=True))
@@ -494,18 +476,15 @@ class _Tracker:
     "Keeps, for one run, the test scores at the last, the validation-chosen and the best step."
     def __init__(self, run, patience):
         self.run, self.patience = run, patience
-        self.kept, self.best, self.curve, self.stopped, self.stale = {}, {}, [], False, 0
+        self.selection, self.kept, self.curve, self.stopped, self.stale = Selection(), {}, [], False, 0
 
     def update(self, step, test_logits, test, valid):
         "Take note of one evaluation, unless this run has stopped."
         if self.stopped: return
         self.curve.append((step, valid, test))
-        self.kept["last_step"] = (step, test, test_logits)
-        self.stale += 1
-        for rule, value in (("validation", valid), ("best_step_on_test", test)):
-            if value > self.best.get(rule, -math.inf):
-                self.best[rule], self.kept[rule] = value, (step, test, test_logits)
-                if rule == "validation": self.stale = 0
+        rules = self.selection.update(step, valid, test)
+        self.kept |= {rule: (step, test, test_logits) for rule in rules}
+        self.stale = 0 if "validation" in rules else self.stale + 1
         self.stopped = self.patience is not None and self.stale >= self.patience
 
 # %% ../nbs/recipes/13_probing.ipynb #7ce463ec
@@ -539,29 +518,6 @@ def linear_probe(
             if progress: progress(t + 1, batch.steps)
             if all(k.stopped for k in trackers.values()): break
     return ProbeResult(config, data, list(trackers.values()), batch.batch, batch.steps)
-
-# %% ../nbs/recipes/13_probing.ipynb #e74ec5c4
-def bootstrap_interval(
-    pieces: list,  # one (logits [S, n, C] of S seeds, labels [n] or [n, C], groups [n]) per fold
-    metric: str = "accuracy",  # or "mAP"
-    draws: int = 2000,  # resamples; mAP takes a tenth of them
-    level: float = 0.95,  # coverage
-    seed: int = 0,  # of the draws
-) -> tuple:  # (low, high): percentiles of the mean over folds
-    "Percentile bootstrap over groups within each fold, seeds averaged."
-    rng, values = np.random.default_rng(seed), []
-    draws = draws if metric == "accuracy" else max(draws // 10, 20)
-    for logits, labels, groups in pieces:
-        names, code = np.unique(np.asarray(groups).astype(str), return_inverse=True)
-        times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)      # [draws, groups]
-        if metric == "accuracy":
-            right = (np.asarray(logits).argmax(-1) == labels).mean(0)
-            per_group = np.bincount(code, right), np.bincount(code)
-            values.append((times @ per_group[0]) / (times @ per_group[1]))
-        else:
-            values.append([np.mean([mean_average_precision(labels, l, t[code]) for l in logits]) for t in times])
-    low, high = np.nanquantile(np.mean(values, 0), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 # %% ../nbs/recipes/13_probing.ipynb #a66c5a15
 @dataclass
@@ -624,10 +580,8 @@ def probe_summary(
     if rule not in RULES: raise ProbeError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
     g, pieces = result.grid(rule), result.pieces(rule)
     low, high = bootstrap_interval(pieces, result.data.metric, draws)
-    def std(v): return float(np.std(v, ddof=1)) if len(v) > 1 else None
-    return dict(rule=rule, metric=result.data.metric, mean=float(g.mean()), seed_std=std(g.mean(1)),
-                fold_std=std(g.mean(0)), low=low, high=high, n=sum(len(p[1]) for p in pieces),
-                groups=sum(len(np.unique(p[2])) for p in pieces), seeds=g.shape[0], folds=g.shape[1])
+    return dict(rule=rule, metric=result.data.metric, **spread(g), low=low, high=high, n=sum(len(p[1]) for p in pieces),
+                groups=sum(len(np.unique(p[2])) for p in pieces))
 
 
 def probe_table(

@@ -15,7 +15,8 @@ import torch
 from aasp_nb.benchmarks import BENCHMARKS, append_results, read_results
 from aasp_nb.clips import write_clips
 from aasp_nb.data import Manifest
-from aasp_nb.finetuning import FINETUNE_PRESETS, RULES, FinetuneConfig, finetune, load_classifier
+from aasp_nb.evaluation import RULES
+from aasp_nb.finetuning import FINETUNE_PRESETS, FinetuneConfig, finetune, load_classifier
 from aasp_nb.config import AaSPConfig, build_encoder
 from aasp_nb.encoders import save_encoder
 from aasp_nb.runs import latest_checkpoint, read_metrics
