@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from aasp_nb import sblu_ops
+from aasp_nb import sblu_cpu, sblu_gpu, sblu_ops
 from aasp_nb.sblu import alpha_min, bound_parameters, sblu_reference
-from aasp_nb.sblu_ops import adaptive_sblu, last_backend, patches_direct, sblu_patches, use_backend
+from aasp_nb.sblu_ops import adaptive_sblu, find_backend, last_backend, patches_direct, sblu_patches, use_backend
 
-CPU = [b for b in ("numba", "torch") if b != "numba" or sblu_ops.numba]
+CPU = [b for b in ("numba", "torch") if b != "numba" or sblu_cpu.numba]
 PHASES = ("even", "signed")
 
 
@@ -346,10 +346,21 @@ def test_choice_of_backend(monkeypatch):
         assert last_backend() == name
         monkeypatch.delenv("AASP_SBLU_BACKEND")
     with pytest.raises(RuntimeError, match="CUDA"): adaptive_sblu(*args, 7, backend="triton")
-    monkeypatch.setattr(sblu_ops, "numba", None)
+    assert find_backend() == find_backend("cpu", "auto") == ("numba" if sblu_cpu.numba else "torch")
+    monkeypatch.setattr(sblu_ops, "installed", lambda package: False)
     adaptive_sblu(*args, 7)
-    assert last_backend() == "torch"
-    with pytest.raises(RuntimeError, match="pip install numba"): sblu_ops.ready_kernel(None, ())
+    assert last_backend() == find_backend() == find_backend("cuda") == "torch"
+    with pytest.raises(RuntimeError, match="needs numba"): adaptive_sblu(*args, 7, backend="numba")
+    monkeypatch.setattr(sblu_cpu, "numba", None)
+    with pytest.raises(RuntimeError, match="pip install numba"): sblu_cpu.ready_kernel(None, ())
+
+
+def test_compilers_are_imported_when_they_are_needed():
+    code = ("import sys, torch; from aasp_nb.sblu_ops import adaptive_sblu; assert not {'numba', 'triton'} & set(sys.modules); "
+            "adaptive_sblu(torch.ones(1, 1, 4), *torch.ones(2, 1, 1, 2), 3, backend='torch'); assert 'numba' not in sys.modules; "  # torch itself may take Triton in
+            "adaptive_sblu(torch.ones(1, 1, 4), *torch.ones(2, 1, 1, 2), 3); assert 'aasp_nb.sblu_gpu' not in sys.modules; print('lean')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "lean" in done.stdout, done.stderr[-2000:]
 
 
 def test_wrong_arguments_say_what_is_wrong():
@@ -389,7 +400,7 @@ print("interpreted")
 """
 
 
-@pytest.mark.skipif(sblu_ops.triton is None, reason="SKIPPED: no Triton")
+@pytest.mark.skipif(sblu_gpu.triton is None, reason="SKIPPED: no Triton")
 def test_gpu_kernels_in_the_interpreter():
     here = os.path.dirname(__file__)
     env = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join([here, os.path.dirname(here)]))
@@ -403,14 +414,14 @@ def ahead_of_time(kernel, arch, sparse_tokens, dtype):
     kinds = dict.fromkeys(("u", "alpha", "beta", "y", "dy"), f"*{dtype}") | dict.fromkeys(("du", "da", "db", "scratch"), "*fp32")
     kinds |= dict(index="*i64", delta="fp32", sign="fp32", SPARSE="constexpr", BLOCK="constexpr")
     signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(SPARSE=sparse_tokens, BLOCK=sblu_ops.GPU_BLOCK))
-    return sblu_ops.triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=2))
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(SPARSE=sparse_tokens, BLOCK=sblu_gpu.GPU_BLOCK))
+    return sblu_gpu.triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=2))
 
 
-@pytest.mark.skipif(sblu_ops.triton is None, reason="SKIPPED: no Triton")
+@pytest.mark.skipif(sblu_gpu.triton is None, reason="SKIPPED: no Triton")
 @pytest.mark.parametrize("arch", (80, 90))
 def test_gpu_kernels_compile_ahead_of_time(arch):
-    for kernel in (sblu_ops.gpu_forward, sblu_ops.gpu_backward):
+    for kernel in (sblu_gpu.forward_kernel, sblu_gpu.backward_kernel):
         for sparse_tokens, dtype in ((False, "fp32"), (True, "bf16" if arch == 90 else "fp16")):
             assert len(ahead_of_time(kernel, arch, sparse_tokens, dtype).asm["cubin"]) > 1000
 
