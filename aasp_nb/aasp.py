@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .masking import inverse_block_mask, sample_queries, visible_indices
-from .objectives import (LOSS_SCALES, contrastive_loss, contrastive_surrogate, logmel_targets, masked_prediction_loss,
+from .objectives import (contrastive_loss, contrastive_surrogate, logmel_targets, LOSS_SCALES, masked_prediction_loss,
                                 relative_spread, teacher_targets, token_spread, utterance_loss, visible_mean)
 
 # %% ../nbs/method/08_aasp.ipynb #82702206
@@ -134,7 +134,8 @@ class AaSP(nn.Module):
         if predictor is None: raise TypeError("AaSP takes its parts; aasp_nb.config.build(config) makes it from a configuration")
         if bool(objective.contrastive_weight) != (head is not None):
             raise ValueError("a contrastive head is needed where contrastive_weight is above 0, and only there")
-        self.objective, self.patch_size = objective, tuple(student.patch_embed.patch_size)
+        patch_f, patch_t = student.patch_embed.patch_size
+        self.objective, self.patch_size = objective, (patch_f, patch_t)
         self.student, self.predictor, self.contrastive_head, self.teacher = student, predictor, head, None
         if objective.target == "teacher": self.teacher = copy.deepcopy(student).float().requires_grad_(False).eval()
 
@@ -248,6 +249,7 @@ class AaSP(nn.Module):
     ):
         "Move the teacher towards the student: teacher = momentum * teacher + (1 - momentum) * student."
         if self.teacher is None: return
-        mine, theirs = list(self.teacher.parameters()), list(self.student.parameters())
+        mine: list[torch.Tensor] = list(self.teacher.parameters())
+        theirs: list[torch.Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(mine, theirs, 1-momentum)
         for a, b in zip(self.teacher.buffers(), self.student.buffers()): a.copy_(b)

@@ -17,9 +17,9 @@ import numpy as np
 import aasp_nb
 from fastcore.basics import patch
 from scipy.special import stdtrit
-from .ablations import (FILTERS, PAPER_TABLES, PAPER_TASKS, SETTING, ResultsError, choices_of, chosen, compare,
-                               load_results, unit_of)
-from .dashboards import PALETTE, Dashboard, Field, Plot, Scene, StateError, axis, check_state
+from .ablations import (choices_of, chosen, compare, FILTERS, load_results, PAPER_TABLES, PAPER_TASKS, ResultsError,
+                               SETTING, unit_of)
+from .dashboards import axis, check_state, Dashboard, Field, PALETTE, Plot, Scene, StateError
 
 # %% ../nbs/exhibits/17c_ablation_dashboard.ipynb #c4e837ca
 EXAMPLE_RESULTS = Path(aasp_nb.__file__).parent / "assets" / "example_results.csv"

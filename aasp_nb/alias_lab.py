@@ -20,11 +20,11 @@ from fastcore.basics import patch
 
 # %% ../nbs/exhibits/17d_alias_lab.ipynb #073185eb
 from .audio import LogMel
-from .dashboards import PALETTE, Dashboard, Field, Latest, Plot, Scene, Sound, StateError, axis, check_state
-from .patch_dashboard import SOUNDS, mel_ticks, open_clip, patch_sound
 from .config import AaSPConfig
+from .dashboards import axis, check_state, Dashboard, Field, Latest, PALETTE, Plot, Scene, Sound, StateError
+from .patch_dashboard import mel_ticks, open_clip, patch_sound, SOUNDS
 from .stability import (aliased_share, am_tone, folding_map, interpolate, modulation_spectrum, patch_sequence,
-    patch_weights, ripple, sblu_scan, shift_errors, sonify, weight_response, zero_phase_lowpass)
+                               patch_weights, ripple, sblu_scan, shift_errors, sonify, weight_response, zero_phase_lowpass)
 from .windows import patch_nyquist
 
 # %% ../nbs/exhibits/17d_alias_lab.ipynb #c317ce61
@@ -83,7 +83,7 @@ def lab_sound(
     else:
         tone = state["sound"] == TONE  # what a sound does not depend on is left out of the key
         wave, logmel = _heard(state["sound"], 0 if tone else state["clip_index"], state["path"],
-                              *((state[k] if tone else 0 for k in ("rate", "depth", "law", "carrier"))))
+                              *(state[k] if tone else 0 for k in ("rate", "depth", "law", "carrier")))
     least = state["patch_frames"] + 3 * state["hop"]
     if logmel.shape[1] < least:
         raise StateError(f"the sound has {logmel.shape[1]} frames of 10 ms, and four patches need {least}: "

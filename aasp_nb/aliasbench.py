@@ -19,9 +19,8 @@ import soundfile as sf
 import torch
 
 from .audio import LogMel
-from .patch_embed import StandardPatchEmbed, patch_grid, patchify
+from .patch_embed import patch_grid, patchify, StandardPatchEmbed
 from .stability import modulation_spectrum
-from .windows import fold_frequency
 
 # %% ../nbs/exhibits/14a_aliasbench.ipynb #4a0ec98d
 BENCH_VERSION = 1 # raise it when the same seed gives other sounds: results of different versions do not compare

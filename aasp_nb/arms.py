@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .audio import zero_phase_highpass
-from .patch_embed import (AaPE, AdaptiveSBLU, FixedParameters, StandardPatchEmbed, as_logmel, count_parameters,
-                                 extend_last, gather_tokens, hide_masked, init_linear, valid_patches)
-from .sblu import alpha_min, beta_bounds, initial_raw_decay, sblu_gain
+from .patch_embed import (AaPE, AdaptiveSBLU, as_logmel, count_parameters, extend_last, FixedParameters, gather_tokens,
+                                 hide_masked, init_linear, StandardPatchEmbed, valid_patches)
+from .sblu import alpha_min, beta_bounds, sblu_gain
 
 # %% ../nbs/method/03a_arms.ipynb #136e052c
 class StandardEqual(StandardPatchEmbed):
@@ -132,7 +132,7 @@ class Overlap(PatchArm):
 
     def tokens(self, x, frames):
         "Tokens of all patches."
-        proj, (n_f, _) = self.standard.proj, self.grid(x)
+        proj, (_, _) = self.standard.proj, self.grid(x)
         z = F.conv2d(x[:, None], proj.weight, proj.bias, (self.patch_size[0], self.stride))       # [B, D, N_f, K]
         return torch.einsum("bdfk,nk->bfnd", z, self.thinning(x.shape[-1], z)).flatten(1, 2)
 

@@ -8,7 +8,7 @@ __all__ = ['LOG_FLOOR', 'AudioError', 'resample', 'audio_info', 'check_channel',
            'zero_phase_highpass', 'highpass_response']
 
 # %% ../nbs/method/00_audio.ipynb #15deb7b6
-import contextlib, io, math, os, re, struct, warnings
+import io, math, os, re, struct, warnings
 from functools import lru_cache
 from pathlib import Path
 

@@ -25,15 +25,15 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pooch
 import requests
 from fastcore.basics import patch
-from .audio import AudioError, audio_info
-from .data import AUDIO_SUFFIXES, Manifest, ManifestError, aasp_home, ahead, inside, room, split_name
+from .audio import audio_info, AudioError
+from .data import aasp_home, ahead, AUDIO_SUFFIXES, inside, Manifest, ManifestError, room, split_name
 from .files import digest, lock_file, replacing, write_json
 from .runs import git_revision
 from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, precision_recall_fscore_support
@@ -192,7 +192,7 @@ def append_results(
     "Append rows to the tidy results CSV, under a lock, so that several runs may share one file."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     if "revision" not in common: common["revision"] = git_revision() or "unknown"
     full = [{"date": now, "command": " ".join(sys.argv), **common, **r} for r in rows]
     unknown = sorted({k for r in full for k in r} - set(RESULT_COLUMNS))

@@ -8,7 +8,7 @@ __all__ = ['FINISHED', 'FAILED', 'USAGE', 'KERNEL_DIED', 'STOPPED', 'UsageError'
            'main', 'slurm_script']
 
 # %% ../nbs/doors/20_cli.ipynb #b90d30b3
-import argparse, contextlib, difflib, errno, json, os, shlex, signal, socket, sys, tempfile, time
+import argparse, contextlib, difflib, errno, json, os, shlex, signal, socket, sys, tempfile
 from pathlib import Path
 
 import nbformat
@@ -304,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
         p.set_defaults(function=function)
         p.add_argument("notebook", help="path, or name of a run notebook: " + ", ".join(run_notebooks()))
         return p
-    run, params, slurm = add("run", _run), add("params", _params), add("slurm", _slurm)
+    run, _, slurm = add("run", _run), add("params", _params), add("slurm", _slurm)
     for p in (run, slurm):
         p.add_argument("out", help="output notebook")
         p.add_argument("-p", "--parameter", nargs=2, action="append", metavar=("NAME", "VALUE"), help="a parameter")

@@ -18,14 +18,13 @@ from fastcore.basics import patch
 from torch import nn
 
 from .aasp import AaSP, Masking, Objective, ViewMasks
-from .audio import (AudioError, LogMel, check_channel, extend_frames, pad_or_trim, padding_mask, standardize,
-                           valid_frames)
+from .audio import AudioError, check_channel, extend_frames, LogMel, pad_or_trim, padding_mask, standardize, valid_frames
 from .encoder import AudioViT
 from .masking import num_visible
 from .objectives import ContrastiveHead
 from .patch_embed import AaPE, StandardPatchEmbed
 from .predictor import CNNPredictor, CrossAttentionPredictor
-from .settings import ConfigError, Fields, Settings, Table, coerce, option, refuse_unknown, require
+from .settings import ConfigError, Fields, option, refuse_unknown, require, Settings
 
 # %% ../nbs/recipes/config.ipynb #36da2535
 @dataclass(frozen=True)
@@ -141,7 +140,9 @@ class OptimizerFields:
     version: int = option(1, "chosen", "version of the configuration format")
 
 # %% ../nbs/recipes/config.ipynb #ee7176e5
-PATCH_EMBEDS, ENCODERS, PREDICTORS = {}, {}, {}  # name -> what builds it from keyword arguments
+PATCH_EMBEDS: dict = {}  # name -> what builds it from keyword arguments
+ENCODERS: dict = {}
+PREDICTORS: dict = {}
 
 def _register(table, what, name, part):
     "The decorator that puts a part into its table."
@@ -315,7 +316,10 @@ class AaSPConfig(OptimizerFields, ObjectiveFields, MaskFields, KernelFields, Mod
     def started(self): return PRESETS.get(self.preset_name, {})
 
     @property
-    def grid(self): return self.n_mels//self.patch_size[0], self.n_frames//self.patch_size[1]  # patches (N_f, N_t)
+    def frames(self) -> int: return int(self.n_frames or 0)  # T of a crop, resolved
+
+    @property
+    def grid(self) -> tuple[int, int]: return self.n_mels//self.patch_size[0], self.frames//self.patch_size[1]  # (N_f, N_t)
 
     @property
     def n_patches(self): return math.prod(self.grid)  # N
@@ -328,7 +332,7 @@ class AaSPConfig(OptimizerFields, ObjectiveFields, MaskFields, KernelFields, Mod
 
     @property
     def crop_samples(self):  # of a crop: what n_frames frames need, or crop_seconds where silence stands behind a clip
-        if self.frame_padding == "edge": return self.n_frames*self.hop_length - 1
+        if self.frame_padding == "edge": return self.frames*self.hop_length - 1
         return round(self.crop_seconds*self.sample_rate)
 
     @classmethod
@@ -339,7 +343,7 @@ class AaSPConfig(OptimizerFields, ObjectiveFields, MaskFields, KernelFields, Mod
         return {**values, **before, **({"n_frames": None} if moved else {}), **changes}
 
 # %% ../nbs/recipes/config.ipynb #0e96d455
-PRESETS = {"base": {}}  # per preset, the fields that differ from the defaults
+PRESETS: dict = {"base": {}}  # per preset, the fields that differ from the defaults
 
 # %% ../nbs/recipes/config.ipynb #918a5ab8
 PRESETS["eat"] = dict(patch_embed="standard", predictor="cnn", query_ratio=1.0, block_norm="post", teacher_cls=True,
@@ -405,10 +409,10 @@ class FrontEnd(nn.Module):
     def padding(self,
         valid_samples:torch.Tensor,  # [B], on the CPU
         frames:int|None=None,        # frames of the batch, a multiple of the patch width; None: n_frames
-    ) -> torch.Tensor:  # bool [B, N_t], True where a time patch is wholly padding; None if there is none
+    ) -> torch.Tensor|None:  # bool [B, N_t], True where a time patch is wholly padding; None if there is none
         "Padded time patches; looked at on the CPU, so that no device has to be waited for."
         c = self.config
-        pad = padding_mask(valid_samples, frames or c.n_frames, c.hop_length, c.patch_size[1])
+        pad = padding_mask(valid_samples, frames or c.frames, c.hop_length, c.patch_size[1])
         return pad if pad.any() else None
 
     def forward(self,
@@ -429,7 +433,7 @@ class FrontEnd(nn.Module):
     ) -> torch.Tensor:  # [B, F, frames]
         "A log-mel spectrogram extended behind each clip's end as `frame_padding` says, standardised."
         c = self.config
-        x = pad_or_trim(logmel, frames or c.n_frames, c.pad_value)
+        x = pad_or_trim(logmel, frames or c.frames, c.pad_value)
         return standardize(extend_frames(x, valid) if c.frame_padding == "edge" else x, c.norm_mean, c.norm_std)
 
 # %% ../nbs/recipes/config.ipynb #30c8bb2d

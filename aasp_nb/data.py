@@ -21,8 +21,8 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from .audio import AudioError, audio_info, check_channel, load_audio, valid_frames
-from .files import check_writable, lock_file, replacing
+from .audio import audio_info, AudioError, check_channel, load_audio, valid_frames
+from .files import check_writable
 
 # %% ../nbs/lab/09_data.ipynb #d48e2593
 def aasp_home(
@@ -714,7 +714,7 @@ def decode_once(
     final = parent / _digest(manifest, sr, check_channel(channel))
     if final.is_dir():
         try: return CachedReader(final)
-        except ManifestError as e: warnings.warn(f"{e}: decoding again"); shutil.rmtree(final)
+        except ManifestError as e: warnings.warn(f"{e}: decoding again", stacklevel=2); shutil.rmtree(final)
     check_writable(parent, "set AASP_HOME to a folder of yours, or pass cache=False", ManifestError)
     tmp = Path(tempfile.mkdtemp(prefix=".decoding-", dir=parent))
     try:

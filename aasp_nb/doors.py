@@ -22,10 +22,10 @@ from torch import nn
 # %% ../nbs/doors/19_doors.ipynb #e471d208
 import aasp_nb
 from .audio import AudioError
-from .encoders import AaSPEncoder, as_wave
-from .patch_embed import AaPE
 from .config import AaSPConfig, build_encoder
+from .encoders import AaSPEncoder, as_wave
 from .files import replacing
+from .patch_embed import AaPE
 
 # %% ../nbs/doors/19_doors.ipynb #8d9bdedf
 DEMO = Path(aasp_nb.__file__).parent / "assets" / "demo_checkpoint_generated_clips"

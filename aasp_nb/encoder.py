@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .patch_embed import (count_parameters, init_linear, keep_patches, key_mask, resize_positions,
-                                 sincos_positions, valid_patches)
+from .patch_embed import (count_parameters, init_linear, keep_patches, key_mask, resize_positions, sincos_positions,
+                                 valid_patches)
 
 # %% ../nbs/method/04_encoder.ipynb #0f5183eb
 _all_ = ["resize_positions", "sincos_positions", "count_parameters"]

@@ -11,7 +11,6 @@ import json, math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .audio import AudioError, load_audio, resample, valid_frames
-from .config import AaSPConfig, FrontEnd, build_encoder
+from .config import AaSPConfig, build_encoder, FrontEnd
 from .files import file_sha256, write_json
 from .runs import CheckpointError, latest_checkpoint, load_checkpoint, write_tensors
 
@@ -172,11 +171,12 @@ def mean_of_windows(
     counted: list,  # of each window, the time patches that count in it: a number, or [..., 1]
 ) -> torch.Tensor:  # [..., D]
     "What windows say of a clip, weighted by the time patches that count: valid, and in no window before."
-    total, share = 0.0, 0.0
+    total: torch.Tensor | float = 0.0
+    share: torch.Tensor | float = 0.0
     for value, n in zip(pooled, counted, strict=True):
         n = torch.as_tensor(n).to(value)
         total, share = total + torch.where(n > 0, value * n, 0), share + n
-    return total / share
+    return total / share  # type: ignore[return-value]
 
 
 def encode_clips(
@@ -353,7 +353,7 @@ def embed(self: AaSPEncoder,
     if not several: return out[0]
     if isinstance(audio, (list, tuple)): return out
     stack = lambda name: None if getattr(out[0], name) is None else torch.stack([getattr(e, name) for e in out])
-    return Embedding(stack("scene"), stack("frames"), out[0].times)
+    return Embedding(torch.stack([e.scene for e in out]), stack("frames"), out[0].times)
 
 # %% ../nbs/recipes/encoders.ipynb #8d041b3b
 @patch

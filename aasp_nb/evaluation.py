@@ -89,7 +89,8 @@ def bootstrap_interval(
     seed: int = 0,  # of the draws
 ) -> tuple:  # (low, high): percentiles of the mean over folds
     "Percentile bootstrap over groups within each fold, seeds averaged."
-    rng, values = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    values: list = []
     draws = draws if metric == "accuracy" else max(draws // 10, 20)
     for logits, labels, groups in pieces:
         names, code = np.unique(np.asarray(groups).astype(str), return_inverse=True)

@@ -18,18 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from .audio import highpass_response, pad_or_trim, standardize
-from .patch_embed import AaPE, count_parameters
 from .config import AaSPConfig, build_encoder, build_logmel, build_patch_embed, build_predictor, draw_masks
-from .sblu import alpha_min, beta_bounds, bound_parameters, initial_raw_freq
+from .patch_embed import AaPE, count_parameters
+from .sblu import beta_bounds, bound_parameters, initial_raw_freq
 from .stability import folding_map, patch_weights, weight_response
-from .windows import FAMILIES, NORMALIZATIONS, figure2_curves, hz_to_rad, rad_to_hz, tone_response
+from .windows import FAMILIES, figure2_curves, hz_to_rad, rad_to_hz, tone_response
 
 # %% ../nbs/exhibits/16_figures.ipynb #c026cf04
 COLOURS = dict(black="#000000", orange="#E69F00", sky="#56B4E9", green="#009E73", yellow="#F0E442", blue="#0072B2",

@@ -15,7 +15,7 @@ from torch import nn
 from .patch_embed import AaPE, FixedParameters
 from .sblu import beta_bounds, initial_raw_decay
 from .stability import weight_response
-from .windows import fold_frequency, hz_to_rad, rad_to_hz
+from .windows import fold_frequency, rad_to_hz
 
 # %% ../nbs/exhibits/14c_filters.ipynb #585665fe
 def patch_filters(

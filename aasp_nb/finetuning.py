@@ -14,11 +14,10 @@ __all__ = ['FINETUNE_PRESETS', 'BALANCE', 'FinetuneConfig', 'FinetuneModel', 'fi
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,26 +27,22 @@ import torch.nn.functional as F
 import torchaudio
 from fastcore.basics import patch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from .audio import AudioError, resample
+from .audio import AudioError, resample, valid_frames
 from .benchmarks import append_results, manifest_digest, score
-from .audio import valid_frames
-from .data import (AudioDataset, FileReader, Manifest, ManifestError, dataset_statistics, eval_loader,
-                          train_loader, unused_rows)
-from .patch_embed import init_linear
-from .config import AaSPConfig, build_encoder, build_logmel
-from .settings import ConfigError, Settings, Table, option, refuse_unknown, require
-from .config import FrontEnd
+from .config import AaSPConfig, build_encoder, build_logmel, FrontEnd
+from .data import AudioDataset, dataset_statistics, eval_loader, Manifest, ManifestError, train_loader, unused_rows
 from .encoders import encoder_origin, load_encoder, save_encoder
-from .evaluation import RULES, Selection, fold_rows, hold_out, split_rows, spread
+from .evaluation import fold_rows, hold_out, RULES, Selection, split_rows, spread
 from .files import digest, write_json
-from .loop import (Guard, Learner, TrainingError, cosine_warmup, fit, param_groups, pick_device, restore,
-                          step_generator)
+from .loop import cosine_warmup, fit, Guard, Learner, param_groups, pick_device, restore, step_generator, TrainingError
+from .patch_embed import init_linear
 from .pretraining import describe_data, prepare_data
-from .runs import CheckpointError, RunDir, RunError, check_same, environment, read_metrics, write_tensors
+from .runs import check_same, CheckpointError, environment, read_metrics, RunDir, RunError, write_tensors
+from .settings import ConfigError, option, refuse_unknown, require, Settings, Table
 
 # %% ../nbs/recipes/12_finetuning.ipynb #c4412d74
 @dataclass(frozen=True)
@@ -817,8 +812,8 @@ def record_results(
         if r["status"] != "finished" or str(path) in tables: continue
         origin = {"origin": r["origin"]} if "origin" in r else {}
         settings = json.dumps({**r["settings"], **extra, **origin}, sort_keys=True, default=str)
-        same = dict(pretrain_seed=r.get("pretrain_seed"), identity=r.get("identity"), seed=r["seed"], fold=r["fold"], split="test", metric=r["metric"], n=r["n"]["test"],
-                    settings=settings)
+        same = dict(pretrain_seed=r.get("pretrain_seed"), identity=r.get("identity"), seed=r["seed"], fold=r["fold"],
+                    split="test", metric=r["metric"], n=r["n"]["test"], settings=settings)
         new = [dict(same, rule=rule, value=e["test"]) for rule, e in r["scores"].items()]
         rows += append_results(path, new, task="finetune", protocol=f"paper/{r['preset']}", **common)
         write_json(done, [*tables, str(path)])

@@ -17,10 +17,10 @@ from fastcore.basics import patch
 from torch import nn
 
 from .files import write_json
-from .processes import (PeerError, StopRequest, agree, averaged, data_parallel, from_first, gathered, rank, stop_wanted,
+from .processes import (agree, averaged, data_parallel, from_first, gathered, PeerError, rank, stop_wanted, StopRequest,
                                world_size)
-from .runs import (CheckpointError, RunDir, RunError, Saver, duration, latest_checkpoint, load_checkpoint, load_optimizer,
-                          optimizer_tensors, plot_metrics, read_metrics, step_folders)
+from .runs import (CheckpointError, duration, latest_checkpoint, load_checkpoint, load_optimizer, optimizer_tensors,
+                          plot_metrics, read_metrics, RunDir, RunError, Saver, step_folders)
 
 # %% ../nbs/lab/loop.ipynb #8f8ec534
 NO_DECAY = ("cls_token", "mask_token", "pos_embed",  # last part of a parameter's name
@@ -186,7 +186,8 @@ class Guard:
         after: int = 0,  # step from which the floors count (warm-up)
     ):
         self.run, self.max_bad, self.after, self.total, self.in_a_row = run, max_bad, after, 0, 0
-        # data2vec 2.0's variance floors as deviations; teacher_std, before the norm, is chosen (seen: healthy 0.4 and more, collapsed below 0.1)
+        # data2vec 2.0's variance floors as deviations; teacher_std, before the norm, is chosen: healthy runs have 0.4 and
+        # more, collapsed ones below 0.1
         self.floors = dict(target_std=0.1, prediction_std=0.01, teacher_std=0.2) if floors is None else floors
         self.alarms = []
 

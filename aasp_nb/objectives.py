@@ -8,7 +8,6 @@ __all__ = ['LOSS_SCALES', 'normalize_layer', 'teacher_targets', 'logmel_targets'
            'cached_contrastive', 'contrastive_surrogate', 'token_spread', 'relative_spread']
 
 # %% ../nbs/method/07_objectives.ipynb #d2b5441f
-import math
 import warnings
 import torch
 import torch.distributed as dist
@@ -190,7 +189,8 @@ def contrastive_loss(
     everyone = gather_with_gradient(z) if gather else z
     everyone_valid = gather_with_gradient(valid.to(z.dtype)) > 0 if gather else valid
     if len(everyone) < 2:
-        warnings.warn("contrastive_loss has no negatives: the batch holds one clip, the loss is 0; use batch_size >= 2")
+        warnings.warn("contrastive_loss has no negatives: the batch holds one clip, the loss is 0; use batch_size >= 2",
+                      stacklevel=2)
         return z.sum()*0.
     first = dist.get_rank()*b if len(everyone) > b else 0
     with torch.autocast(z.device.type, enabled=False):

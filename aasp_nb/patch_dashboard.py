@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 import aasp_nb
 from .audio import AudioError, load_audio, pad_or_trim, resample, standardize
 from .clips import CLASSES, generate_clip
-from .dashboards import PALETTE, Dashboard, Field, Plot, Scene, Sound, StateError, axis, check_state
 from .config import AaSPConfig, build_logmel, build_patch_embed
+from .dashboards import axis, check_state, Dashboard, Field, PALETTE, Plot, Scene, Sound, StateError
 from .sblu import alpha_min, beta_bounds
 from .windows import kernel_taps, rad_to_hz
 

@@ -60,9 +60,9 @@ def patch_grid(
     patch_size: tuple[int, int], # (P_f, P_t)
 ) -> tuple[int, int]: # (N_f, N_t)
     "Number of patches along frequency and time. Raises `ValueError` when a side is not a positive multiple."
-    for name, side, patch in zip(("frequency (mel bands)", "time (frames)"), img_size, patch_size):
-        if patch < 1 or side < patch or side % patch:
-            raise ValueError(f"{name}: {side} is not a positive multiple of the patch's {patch}: pad or trim the input")
+    for name, side, width in zip(("frequency (mel bands)", "time (frames)"), img_size, patch_size):
+        if width < 1 or side < width or side % width:
+            raise ValueError(f"{name}: {side} is not a positive multiple of the patch's {width}: pad or trim the input")
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
 
 # %% ../nbs/method/03_patch_embed.ipynb #689693c8

@@ -8,7 +8,7 @@ __all__ = ['MEASURED', 'NARROW', 'Schedule', 'AaSPLearner', 'build_learner', 'as
            'write_results']
 
 # %% ../nbs/recipes/pretraining.ipynb #ced41716
-import contextlib, gc, hashlib, json, math, os, sys, time, warnings
+import contextlib, gc, hashlib, os, time
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .aasp import AaSP, Masking, ViewMasks, asked_queries, ema_momentum, patch_padding
-from .config import PRESETS, AaSPConfig, FrontEnd, build, build_logmel, build_masking
-from .data import AudioDataset, CachedReader, Manifest, dataset_statistics, decode_once, describe, train_loader
+from .aasp import AaSP, asked_queries, ema_momentum, Masking, patch_padding, ViewMasks
+from .config import AaSPConfig, build, build_logmel, build_masking, FrontEnd, PRESETS
+from .data import AudioDataset, CachedReader, dataset_statistics, decode_once, describe, Manifest, train_loader
 from .encoders import save_encoder
 from .files import write_json
-from .loop import (Guard, Learner, Picture, cosine_warmup, cpu_has_bf16, fit, make_optimizer, pick_device, restore, split_batch,
+from .loop import (cosine_warmup, cpu_has_bf16, fit, Guard, Learner, make_optimizer, pick_device, Picture, restore,
                           step_generator)
 from .objectives import cached_contrastive
 from .processes import from_first, gathered, rank, start_processes, stop_wanted, summed, world_size
-from .runs import Onlooker, RunDir, RunError, check_same, environment, read_metrics, step_folders, writing
+from .runs import check_same, environment, Onlooker, read_metrics, RunDir, RunError, step_folders, writing
 
 # %% ../nbs/recipes/pretraining.ipynb #e61c06d2
 @dataclass(frozen=True)

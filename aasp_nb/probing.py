@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +29,16 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from .audio import AudioError, modulation_frequencies, padding_mask, valid_frames
+from .audio import AudioError, modulation_frequencies, padding_mask
 from .benchmarks import append_results, manifest_digest, score
-from .data import (AudioDataset, BrokenClips, FileReader, Manifest, aasp_home, dataset_statistics, split_name,
-                          unused_rows)
-from .evaluation import RULES, Selection, bootstrap_interval, fold_rows, hold_out, split_rows, spread
-from .config import AaSPConfig, FrontEnd, build_encoder, build_logmel
-from .encoders import encode_clips, encoder_origin, load_encoder, pool_tokens, target_frames
+from .config import AaSPConfig, build_encoder, build_logmel, FrontEnd
+from .data import aasp_home, AudioDataset, BrokenClips, dataset_statistics, FileReader, Manifest, split_name, unused_rows
+from .encoders import encode_clips, encoder_origin, load_encoder, target_frames
+from .evaluation import bootstrap_interval, fold_rows, hold_out, RULES, Selection, split_rows, spread
 from .files import check_writable, digest, write_json
 from .loop import pick_device
-from .settings import Settings, option, refuse_unknown
-from .runs import RunError, environment
+from .runs import environment, RunError
+from .settings import option, refuse_unknown, Settings
 
 # %% ../nbs/recipes/13_probing.ipynb #f8df8a3a
 class ProbeError(ValueError):
@@ -192,7 +191,7 @@ def extract_baseline(
     "Baseline statistics of every clip, over its own frames only."
     if kind not in BASELINES: raise ProbeError(f"unknown baseline {kind!r}; known: {', '.join(BASELINES)}")
     logmel, out, done = build_logmel(config), None, 0
-    for index, waves, valid in _baskets(dataset, lambda v: max(v, 1), 16, num_workers):
+    for index, waves, _ in _baskets(dataset, lambda v: max(v, 1), 16, num_workers):
         x = torch.logaddexp(logmel(waves), torch.tensor(math.log(floor)))
         h = BASELINES[kind](x) if kind == "logmel" else BASELINES[kind](x, config.sample_rate / config.hop_length)
         if out is None: out = np.full((len(dataset), h.shape[1]), np.nan, np.float32)
@@ -235,7 +234,7 @@ def cached(
     if path.exists():
         try:
             if json.loads(path.with_suffix(".json").read_text()) == json.loads(text): return load_file(path)["features"]
-        except Exception as e: warnings.warn(f"{path} is damaged ({type(e).__name__}) and is computed again")
+        except Exception as e: warnings.warn(f"{path} is damaged ({type(e).__name__}) and is computed again", stacklevel=2)
     check_writable(path.parent, "set AASP_HOME to a folder of yours, or pass cache=None", ProbeError)  # before the work
     features = np.ascontiguousarray(compute(), dtype=np.float32)
     with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
@@ -281,7 +280,7 @@ def probe_data(
 ) -> ProbeData:  # without the clips that could not be read
     "Features beside the labels, splits and groups of a manifest."
     good = np.isfinite(features).all(1)
-    if not good.all(): warnings.warn(f"{np.sum(~good)} of {len(good)} clips could not be read and are left out")
+    if not good.all(): warnings.warn(f"{np.sum(~good)} of {len(good)} clips could not be read and are left out", stacklevel=2)
     m, classes = manifest.take(good), classes or manifest.classes()
     column = lambda name: m.columns[name] if name in m and any(m.columns[name]) else None
     split, fold = column("split"), column("fold")

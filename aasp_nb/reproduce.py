@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from .ablations import PAPER_TABLES, SETTING, label_of
-from .benchmarks import BENCHMARKS
+from .ablations import label_of, PAPER_TABLES, SETTING
 from .config import AaSPConfig, build_encoder, build_patch_embed, build_predictor
-from .finetuning import FINETUNE_PRESETS, FinetuneConfig
+from .finetuning import FinetuneConfig
 from .patch_embed import count_parameters
 from .probing import PROBE_PRESETS
 from .sblu import sblu_macs

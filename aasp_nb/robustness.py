@@ -19,8 +19,8 @@ import torchaudio
 
 from .aliasbench import ridge_probe
 from .audio import AudioError, LogMel, standardize
-from .data import FileReader, Manifest, ManifestError, split_name
 from .config import build_logmel
+from .data import FileReader, Manifest, ManifestError, split_name
 from .encoders import encode_clips
 from .probing import BASELINES, open_model
 from .stability import fractional_delay
@@ -321,7 +321,7 @@ def long_recordings(
         if len(wave) == samples: waves.append(wave); kept.append(int(i))
     if not kept: raise AudioError(f"none of {len(look)} clips has {samples / sr:.2f} s: hear a shorter piece of them")
     if len(kept) < len(look):
-        warnings.warn(f"{len(look) - len(kept)} of {len(look)} clips are shorter than {samples / sr:.2f} s, left out")
+        warnings.warn(f"{len(look) - len(kept)} of {len(look)} clips are shorter than {samples / sr:.2f} s, left out", stacklevel=2)
     return torch.stack(waves), manifest.take(np.array(kept))
 
 # %% ../nbs/exhibits/14b_robustness.ipynb #78a48962

@@ -278,7 +278,7 @@ def product(a, b):
 def row_power(r, r8, count):
     "r^count = (r^STEP)^n r^rest, by squaring."
     out, n = (r[0] * 0 + 1.0, r[0] * 0), count // STEP
-    for j in range(count % STEP): out = product(out, r)
+    for _ in range(count % STEP): out = product(out, r)
     while n > 0:
         if n & 1: out = product(out, r8)
         n, r8 = n >> 1, product(r8, r8)

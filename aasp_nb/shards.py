@@ -15,7 +15,7 @@ import numpy as np
 import soundfile as sf
 
 from .audio import AudioError, load_audio
-from .data import AUDIO_SUFFIXES, Manifest, ManifestError, ahead, as_text, inside, printable, room
+from .data import ahead, as_text, AUDIO_SUFFIXES, inside, Manifest, ManifestError, printable, room
 from .files import file_sha256, lock_file, replacing, write_text
 
 # %% ../nbs/lab/09a_shards.ipynb #b9a953fc

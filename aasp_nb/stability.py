@@ -14,7 +14,7 @@ import torch
 from IPython.display import Audio
 from torch.nn import functional as F
 
-from .audio import LogMel, modulation_frequencies, resample, zero_phase_highpass
+from .audio import modulation_frequencies, resample, zero_phase_highpass
 from .sblu import sblu_gain
 from .windows import fold_frequency, kernel_taps
 

@@ -16,7 +16,7 @@ import ipywidgets as W
 import numpy as np
 import torch
 from fastcore.basics import patch
-from .dashboards import PALETTE, Dashboard, Field, Plot, Scene, StateError, axis
+from .dashboards import axis, Dashboard, Field, PALETTE, Plot, Scene, StateError
 from .windows import make_window, rad_to_hz
 
 # %% ../nbs/exhibits/17a_window_dashboard.ipynb #34a95042

@@ -5,7 +5,7 @@ the page's address in Voila, ten seconds after the server began, so that the ker
 taken inside the page). The drag makes 120 mouse moves as fast as they go and asks how long after letting go the last
 drawing came. Writes figures/bench_dashboards.csv and prints it."""
 import argparse, csv, os, platform, statistics, subprocess, sys, time
-from datetime import datetime, timezone
+from datetime import datetime, UTC
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -119,7 +119,7 @@ def main():
                          median_ms=round(statistics.median(t), 1), p90_ms=round(sorted(t)[int(0.9 * len(t))], 1),
                          target_ms=target or "", drag_moves=moves, drag_redraws=drawn, drag_last_redraw_ms=late,
                          load=round(os.getloadavg()[0], 1), hardware=where,
-                         date=datetime.now(timezone.utc).strftime("%Y-%m-%d")))
+                         date=datetime.now(UTC).strftime("%Y-%m-%d")))
         print({k: v for k, v in rows[-1].items() if k not in ("hardware", "date")}, flush=True)
 
     for server in (s for s in (browser.Lab, browser.Voila) if s.name in args.servers.split(",")):

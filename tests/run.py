@@ -52,6 +52,12 @@ def notebooks() -> tuple[int, int, int]:
     return len(names - failed), len(failed), 0
 
 
+def checked(tool: str, *args: str) -> tuple[int, int, int]:
+    "Run a linter or type checker over the exported code and the tests; what it finds is mended in the notebooks."
+    code, _ = run(str(BIN / tool), *args)
+    return int(code == 0), int(code != 0), 0
+
+
 def pytests(full: bool) -> tuple[int, int, int]:
     "pytest over tests/; the counts are read from its last line."
     code, text = run(sys.executable, "-m", "pytest", "-q", "-rfEs", "--durations=12", "-n", "2", "--dist", "loadfile", "tests",
@@ -69,6 +75,8 @@ def main() -> int:
     if full: os.environ.setdefault("AASP_TEST_FLAGS", "slow data")
     parts = [("nbdev_export leaves no diff", lambda: unchanged("export", "nbdev_export", "aasp_nb", "*.py")),
              ("nbdev_clean leaves no diff", lambda: unchanged("clean", "nbdev_clean", "nbs", "*.ipynb")),
+             ("ruff", lambda: checked("ruff", "check", "aasp_nb", "tests")),
+             ("mypy (public surface)", lambda: checked("mypy")),
              ("library notebooks (nbdev_test)", notebooks),
              ("pytest", lambda: pytests(full))]
     rows, total = [], [0, 0, 0]

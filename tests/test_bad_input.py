@@ -9,7 +9,6 @@ import signal
 import tarfile
 import tempfile
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import nbformat

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from aasp_nb.clips import write_clips
 from aasp_nb.config import AaSPConfig
 from aasp_nb.data import Manifest
 from aasp_nb.pretraining import build_learner, prepare_data

@@ -4,7 +4,6 @@ import random
 import shutil
 import signal
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,7 +150,7 @@ def test_audio_files(tmp_path, suffix):
         bad = bytearray(mutate(rng, good[:200])) + good[200:] if n % 2 else mutate(rng, good)
         path.write_bytes(bytes(bad))
         try:
-            info, wave = audio_info(path), load_audio(path, duration=0.1 if n % 3 else None)
+            _, wave = audio_info(path), load_audio(path, duration=0.1 if n % 3 else None)
         except AudioError as e: assert str(path) in str(e)
         else: assert wave.ndim == 1 and len(wave) and wave.isfinite().all()
 
@@ -165,7 +164,7 @@ def test_metrics(tmp_path):
         assert not series or len({len(v) for v in series.values()}) == 1
         run = runs.RunDir(tmp_path / f"r{n}")
         shutil.copy(path, run.path / "metrics.csv")
-        rows = runs._metric_rows(run.path / "metrics.csv")
+        runs._metric_rows(run.path / "metrics.csv")
         run.add_metrics(dict(step=99, loss=1.0, lr=0.1))
         assert read_metrics(run.path)["step"][-1] == 99
         run.close()

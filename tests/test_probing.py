@@ -13,7 +13,7 @@ from aasp_nb.benchmarks import read_results
 from aasp_nb.clips import write_clips
 from aasp_nb.data import Manifest
 from aasp_nb.config import AaSPConfig, build_encoder
-from aasp_nb.probing import ProbeConfig, open_model, probe_preset, probe_summary, run_probe
+from aasp_nb.probing import open_model, probe_preset, probe_summary, run_probe
 from aasp_nb.encoders import save_encoder
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs" / "runs" / "linear_probe.ipynb"

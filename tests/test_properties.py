@@ -5,7 +5,6 @@ import os
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st

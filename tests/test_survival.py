@@ -22,9 +22,9 @@ from aasp_nb import files, loop, pretraining, runs
 from aasp_nb.cli import FINISHED, KERNEL_DIED, STOPPED, USAGE, slurm_script
 from aasp_nb.clips import write_clips
 from aasp_nb.config import AaSPConfig
-from aasp_nb.loop import Guard, fit
+from aasp_nb.loop import fit
 from aasp_nb.pretraining import pretrain
-from aasp_nb.runs import (CheckpointError, RunDir, RunError, latest_checkpoint, load_checkpoint, read_metrics,
+from aasp_nb.runs import (RunDir, RunError, latest_checkpoint, load_checkpoint, read_metrics,
                           save_checkpoint, step_folders)
 
 FIELDS = dict(embed_dim=32, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=8, lambda_dim=16, views=2, predictor_dim=32,
