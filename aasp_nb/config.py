@@ -357,11 +357,14 @@ PRESETS["tiny"] = dict(embed_dim=192, depth=6, num_heads=3, crop_seconds=2.0, n_
                        sblu_dim=64, lambda_dim=64, lambda_depth=1, lambda_heads=1, views=8,
                        predictor_dim=128, predictor_depth=2, predictor_heads=4, ema_base=0.99, target_norm="channel",
                        batch_size=32, steps=1_000, warmup_steps=100, lr=1e-3, precision="fp32")
+PRESETS["nano"] = dict(PRESETS["tiny"], embed_dim=32, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=8, lambda_dim=16, views=2,
+                       predictor_dim=32, predictor_depth=1, predictor_heads=2, batch_size=2, crop_seconds=1.0, n_frames=112,
+                       steps=4, warmup_steps=2)
 
 # %% ../nbs/recipes/config.ipynb #773e8223
 @patch(cls_method=True)
 def preset(cls:AaSPConfig,
-    name:str="base", # "base", "small", "tiny" or "eat"
+    name:str="base", # "base", "small", "tiny", "nano" or "eat"
     **overrides,     # fields to change, as Python values or as strings
 ): # AaSPConfig
     "A named configuration with some fields changed; ConfigError for unknown names and values that cannot work."

@@ -35,6 +35,20 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="SKIPPED: no GPU"))
 
 
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    "Manifest of twenty generated clips of 0.6 s; never changed."
+    from aasp_nb.clips import write_clips
+    return write_clips(tmp_path_factory.mktemp("clips"), per_class=2, seed=0, seconds=0.6)
+
+
+@pytest.fixture(scope="session")
+def labelled_clips(tmp_path_factory) -> Path:
+    "Manifest of sixty generated clips of 0.5 s with train, valid and test; never changed."
+    from aasp_nb.clips import write_clips
+    return write_clips(tmp_path_factory.mktemp("labelled"), per_class=6, seed=0, seconds=0.5)
+
+
 @pytest.fixture
 def real_data(request) -> Path:
     "Root of the real labelled audio; the test is skipped, loudly, where there is none."

@@ -16,12 +16,6 @@ from aasp_nb.data import (AudioDataset, CachedReader, Manifest, ManifestError, S
                           eval_loader, train_loader)
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    "Twenty generated clips of 0.6 s with their manifest."
-    return write_clips(tmp_path_factory.mktemp("clips"), per_class=2, seed=0, seconds=0.6)
-
-
 def batches(clips, workers=0, start=0, stop=9, **kw):
     dataset = AudioDataset(clips, seconds=1.0, fill_crops=True, **kw)
     return list(train_loader(dataset, 6, seed=3, start=start, stop=stop, workers=workers))

@@ -37,9 +37,7 @@ CSV_NAMES = dict(lr="peak_lr", steps="training_steps")
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    "Sixty generated clips of half a second, with splits and folds."
-    return write_clips(tmp_path_factory.mktemp("clips"), per_class=6, seed=0, seconds=0.5)
+def clips(labelled_clips): return labelled_clips
 
 
 @pytest.fixture(scope="module")

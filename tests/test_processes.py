@@ -19,14 +19,12 @@ from aasp_nb.pretraining import pretrain
 from aasp_nb.runs import RunError, latest_checkpoint, read_metrics
 
 STEPS = 24
-FIELDS = dict(embed_dim=32, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=8, lambda_dim=16, views=3, predictor_dim=32,
-              predictor_depth=1, predictor_heads=2, batch_size=8, crop_seconds=1.0, fill_crops=False, warmup_steps=4,
-              steps=STEPS, norm_measure=False)
+FIELDS = dict(views=3, batch_size=8, fill_crops=False, warmup_steps=4, steps=STEPS, norm_measure=False)
 CALL = dict(device="cpu", cache=False, workers=0, log_every=1, progress="none")
 SERIES = ("loss", "loss_mask", "loss_cls", "loss_con", "grad_norm", "lr", "momentum", "padded_share")
 
 
-def config(**kw): return AaSPConfig.preset("tiny", **{**FIELDS, **kw})
+def config(**kw): return AaSPConfig.preset("nano", **{**FIELDS, **kw})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,7 +130,7 @@ def test_numbers_of_processes_that_cannot_work(clips, tmp_path, monkeypatch):
 def test_every_parameter_has_a_gradient_in_every_step(fields):
     "DistributedDataParallel would wait for the ones without."
     given = {**FIELDS, "batch_size": 2, "lambda_depth": 1, "cnn_groups": 2, "n_frames": None, **fields}
-    c = AaSPConfig.preset(given.pop("preset", "tiny"), **given)
+    c = AaSPConfig.preset(given.pop("preset", "nano"), **given)
     model = build(c)
     model(torch.randn(2, 128, c.n_frames), draw_masks(c, 2))[0].backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -8,7 +8,6 @@ import torch
 
 from aasp_nb.ablations import ResultsError, compare, comparison_table, load_results, summarise
 from aasp_nb.benchmarks import append_results, read_results
-from aasp_nb.clips import write_clips
 from aasp_nb.config import AaSPConfig, build_encoder
 from aasp_nb.data import Manifest
 from aasp_nb.encoders import save_encoder
@@ -22,8 +21,7 @@ TINY = dict(embed_dim=16, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=4, lambd
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return write_clips(tmp_path_factory.mktemp("clips"), per_class=6, seed=0, seconds=0.5)
+def clips(labelled_clips): return labelled_clips
 
 
 def run_cells(name: str, **parameters) -> dict:

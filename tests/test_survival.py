@@ -20,30 +20,22 @@ import torch
 
 from aasp_nb import files, loop, pretraining, runs
 from aasp_nb.cli import FINISHED, KERNEL_DIED, STOPPED, USAGE, slurm_script
-from aasp_nb.clips import write_clips
 from aasp_nb.config import AaSPConfig
 from aasp_nb.loop import fit
 from aasp_nb.pretraining import pretrain
 from aasp_nb.runs import (RunDir, RunError, latest_checkpoint, load_checkpoint, read_metrics,
                           save_checkpoint, step_folders)
 
-FIELDS = dict(embed_dim=32, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=8, lambda_dim=16, views=2, predictor_dim=32,
-              predictor_depth=1, predictor_heads=2, batch_size=2, crop_seconds=1.0, warmup_steps=4)
+FIELDS = dict(warmup_steps=4)
 STEPS = 260
 CALL = dict(device="cpu", cache=False, workers=0, log_every=1, progress="none")
 SERIES = ("loss", "loss_mask", "loss_cls", "loss_con", "grad_norm", "lr", "momentum")
 
 
-def config(**kw): return AaSPConfig.preset("tiny", **{**FIELDS, "steps": 6, **kw})
+def config(**kw): return AaSPConfig.preset("nano", **{**FIELDS, "steps": 6, **kw})
 
 
 def calm(**kw): return config(**{"norm_measure": False, **kw})
-
-
-@pytest.fixture(scope="session")
-def clips(tmp_path_factory):
-    "Twenty generated clips of 0.6 s."
-    return write_clips(tmp_path_factory.mktemp("clips"), per_class=2, seed=0, seconds=0.6)
 
 
 def uninterrupted(clips, run, steps):
@@ -74,7 +66,7 @@ class Launched:
     "A run of the pre-training notebook in real processes; `command` is what precedes the notebook."
     def __init__(self, clips, home, *command, before=(), out=None, **more):
         self.run, self.home = home / "runs" / "r", home
-        fields = dict(preset="tiny", data=clips, run_dir="r", device="cpu", workers=1, cache="False", log_every=1, save_every=20,
+        fields = dict(preset="nano", data=clips, run_dir="r", device="cpu", workers=1, cache="False", log_every=1, save_every=20,
                       threads=1) | FIELDS | dict(steps=STEPS) | more
         parts = [str(x) for n, v in fields.items() for x in ("-p", n, v)]
         command = command or (sys.executable, "-m", "aasp_nb.cli", "run")
@@ -203,7 +195,7 @@ def test_slurm_script_stops_before_the_time_limit_and_queues_itself_again(clips,
     fake = home / "bin" / "scontrol"
     fake.write_text(f'#!/bin/sh\necho "$@" >> {home}/queue\n')
     fake.chmod(0o755)
-    fields = dict(preset="tiny", data=clips, run_dir="r{task}", device="cpu", workers=0, cache=False, log_every=1, steps=300, threads=1,
+    fields = dict(preset="nano", data=clips, run_dir="r{task}", device="cpu", workers=0, cache=False, log_every=1, steps=300, threads=1,
                   seed="{task}", **FIELDS)
     (home / "job.sh").write_text(slurm_script("pretrain", f"{home}/out-{{task}}.ipynb", fields, "0-3"))
     env = environment(home) | dict(SLURM_JOB_ID="77", SLURM_ARRAY_TASK_ID="3", PATH=f"{home}/bin:{os.environ['PATH']}")
@@ -292,7 +284,7 @@ def test_twenty_kills_at_random_moments(clips, home, tmp_path):
 CELL = """
 from aasp_nb.config import AaSPConfig
 from aasp_nb.pretraining import pretrain
-config = AaSPConfig.preset("tiny", **{fields})
+config = AaSPConfig.preset("nano", **{fields})
 out = pretrain(config, {data!r}, {run!r}, device="cpu", cache=False, workers=1, log_every=1, progress="none")
 print(out["status"], out["reason"])
 """

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from aasp_nb.clips import write_clips
 from aasp_nb.config import AaSPConfig
 from aasp_nb.encoders import load_encoder
 from aasp_nb.loop import TrainingError
@@ -25,16 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from golden_tiny import FILE, golden_losses  # noqa: E402
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "runs" / "pretrain.ipynb"
-SMALL = dict(embed_dim=32, depth=1, num_heads=2, sblu_hidden=2, sblu_dim=8, lambda_dim=16, views=2, predictor_dim=32,
-             predictor_depth=1, predictor_heads=2, batch_size=4, steps=24, warmup_steps=4)
+SMALL = dict(batch_size=4, steps=24, warmup_steps=4)
 CALL = dict(device="cpu", cache=False, workers=0, log_every=1, progress="none")
 SERIES = ("loss", "loss_mask", "loss_cls", "loss_con", "grad_norm", "lr", "momentum")
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    "Twenty generated clips of one second."
-    return write_clips(tmp_path_factory.mktemp("clips"), per_class=2, seed=0, seconds=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +37,7 @@ def whole(clips, tmp_path_factory):
     return read_metrics(run)
 
 
-def config(**kw): return AaSPConfig.preset("tiny", **{**SMALL, **kw})
+def config(**kw): return AaSPConfig.preset("nano", **{**SMALL, **kw})
 
 
 def agree(a, b):
@@ -76,7 +68,7 @@ def told(self, batch, s):
     print(s, flush=True)
     return step(self, batch, s)
 pretraining.AaSPLearner.step = told
-r = pretrain(AaSPConfig.preset("tiny", **fields), data, run, resume="auto", device="cpu", cache=False, workers=1, log_every=1,
+r = pretrain(AaSPConfig.preset("nano", **fields), data, run, resume="auto", device="cpu", cache=False, workers=1, log_every=1,
              save_every=5, progress="none")
 print("status", r["status"], r["reason"], flush=True)
 """
