@@ -8,7 +8,7 @@ __all__ = ['FINISHED', 'FAILED', 'USAGE', 'KERNEL_DIED', 'STOPPED', 'UsageError'
            'main', 'slurm_script']
 
 # %% ../nbs/doors/20_cli.ipynb #b90d30b3
-import argparse, contextlib, difflib, errno, json, os, shlex, signal, socket, sys, tempfile
+import argparse, contextlib, difflib, errno, importlib.util, json, os, shlex, signal, socket, sys, tempfile
 from pathlib import Path
 
 import nbformat
@@ -273,6 +273,8 @@ def _dashboards(args):
     from aasp_nb.dashboards import serve
     if not Path(args.path).exists():
         raise UsageError(f"{args.path} does not exist: give a notebook or a folder of notebooks")
+    if importlib.util.find_spec("voila") is None:
+        raise UsageError("pages are served by Voila, which is missing: pip install 'aasp-nb[lab]', or open it in JupyterLab")
     check_port(args.port)
     serve(args.path, port=args.port)
 

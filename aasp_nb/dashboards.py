@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'CSS', 'VOILA_EXTENSIONS', 'colour_map', 'StateError', 'Field', 'coerce', 'check_state', 'read_state',
-           'notebook_state', 'axis', 'Scene', 'Plot', 'Together', 'Toolbar', 'Sound', 'Latest', 'control', 'Dashboard',
-           'voila_command', 'serve']
+           'notebook_state', 'axis', 'Scene', 'asset', 'Plot', 'Together', 'Toolbar', 'Sound', 'Latest', 'control',
+           'Dashboard', 'voila_command', 'serve']
 
 # %% ../nbs/exhibits/17_dashboards.ipynb #ab327c55
 import ast
@@ -19,6 +19,7 @@ import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 # %% ../nbs/exhibits/17_dashboards.ipynb #b1971b7b
@@ -311,342 +312,18 @@ def on_axes(
         ax.legend(fontsize=7, framealpha=0.85, edgecolor="none")
 
 # %% ../nbs/exhibits/17_dashboards.ipynb #c8029512
-_JS_SCALES = r"""
-function niceTicks(lo, hi, count) {
-  const raw = (hi - lo) / Math.max(1, count), mag = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map(m => m * mag).find(s => s >= raw * 0.999), out = [];
-  for (let k = Math.ceil(lo / step - 1e-9); k * step <= hi + 1e-9 * step; k++) out.push(k * step);
-  return out;
-}
-function logTicks(lo, hi) {
-  const out = [];
-  for (let k = Math.floor(Math.log10(lo)); 10 ** k <= hi * 1.001; k++)
-    for (const m of hi / lo > 1e3 ? [1] : [1, 2, 5]) { const v = m * 10 ** k;
-      if (v >= lo * .999 && v <= hi * 1.001) out.push(v); }
-  return out;
-}
-function text(v) {
-  if (v == null || !isFinite(v)) return '–';
-  const a = Math.abs(v);
-  const s = a && (a < 1e-3 || a >= 1e5) ? v.toExponential(1) : String(+v.toPrecision(4));
-  return s.replace('-', '\u2212');
-}
-function scaleOf(axis, a, b) {
-  const log = axis.scale === 'log', f = log ? Math.log10 : v => v, g = log ? v => 10 ** v : v => v;
-  const [lo, hi] = axis.lim.map(f), k = (b - a) / (hi - lo);
-  const s = v => a + (f(v) - lo) * k;
-  s.inv = p => g(lo + (p - a) / k);
-  return s;
-}
-function ticksOf(axis, count) {
-  if (axis.ticks) return axis.ticks;
-  const [lo, hi] = axis.lim;
-  if (axis.scale !== 'log') return niceTicks(lo, hi, count).map(v => [v, text(v)]);
-  const digits = '\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079';
-  const up = k => String(k).split('').map(c => digits[c] ?? '\u207b').join('');
-  return logTicks(lo, hi).map(v => [v, hi / lo > 1e3 ? '10' + up(Math.round(Math.log10(v))) : text(v)]);
-}
-"""
+def asset(
+    name,  # file in `aasp_nb/assets/dashboards`
+):  # -> str: its text
+    "JavaScript or CSS of the dashboards."
+    return (resources.files("aasp_nb") / "assets" / "dashboards" / name).read_text(encoding="utf-8")
 
-# %% ../nbs/exhibits/17_dashboards.ipynb #ae2537ad
-_JS_LINES = r"""
-const LAYERS = {
-  line(c, l, X, Y, R) {
-    const x = R(l.x), y = R(l.y);
-    c.strokeStyle = l.color; c.lineWidth = l.width; c.setLineDash(l.dash); c.lineJoin = 'round'; c.beginPath();
-    let pen = false;
-    for (let i = 0; i < x.length; i++) {
-      const q = Y(y[i]);
-      if (!isFinite(q)) { pen = false; continue; }
-      const p = X(x[i]), v = Math.max(-1e5, Math.min(1e5, q));
-      pen ? c.lineTo(p, v) : c.moveTo(p, v); pen = true;
-    }
-    c.stroke(); c.setLineDash([]);
-  },
-  band(c, l, X, Y, R) {
-    const x = R(l.x), lo = R(l.lo), hi = R(l.hi), n = x.length;
-    c.globalAlpha = l.alpha; c.fillStyle = l.color; c.beginPath();
-    for (let i = 0; i < n; i++) c.lineTo(X(x[i]), Y(hi[i]));
-    for (let i = n - 1; i >= 0; i--) c.lineTo(X(x[i]), Y(lo[i]));
-    c.closePath(); c.fill(); c.globalAlpha = 1;
-  },
-  points(c, l, X, Y, R) {
-    const x = R(l.x), y = R(l.y), s = l.size;
-    c.globalAlpha = l.alpha; c.fillStyle = c.strokeStyle = l.color; c.lineWidth = 1.5;
-    for (let i = 0; i < x.length; i++) {
-      const p = X(x[i]), q = Y(y[i]);
-      c.beginPath();
-      if (l.marker === 'd') { c.moveTo(p, q - s); c.lineTo(p + s, q); c.lineTo(p, q + s); c.lineTo(p - s, q); c.fill();
-        }
-      else if (l.marker === 'x') { c.moveTo(p - s, q - s); c.lineTo(p + s, q + s); c.moveTo(p - s, q + s);
-        c.lineTo(p + s, q - s); c.stroke(); }
-      else { c.arc(p, q, s, 0, 7); c.fill(); }
-    }
-    c.globalAlpha = 1;
-  },
-"""
-
-# %% ../nbs/exhibits/17_dashboards.ipynb #cf2acc48
-_JS_MARKS = r"""
-  bars(c, l, X, Y, R) {
-    const x = R(l.x), y = R(l.y), lo = R(l.lo), hi = R(l.hi);
-    for (let i = 0; i < x.length; i++) {
-      const a = X(x[i] - l.width / 2), b = X(x[i] + l.width / 2), q = Y(y[i]), z = Y(l.base), m = (a + b) / 2;
-      c.fillStyle = l.color; c.fillRect(a, Math.min(q, z), Math.max(1, b - a), Math.abs(q - z));
-      if (l.outline) { c.strokeStyle = l.outline; c.lineWidth = 2;
-        c.strokeRect(a, Math.min(q, z), b - a, Math.abs(q - z)); }
-      if (!isFinite(lo[i])) continue;
-      const u = Y(lo[i]), v = Y(hi[i]), w = Math.min(6, (b - a) / 3);
-      c.strokeStyle = '#222'; c.lineWidth = 1.4; c.beginPath(); c.moveTo(m, u); c.lineTo(m, v);
-      c.moveTo(m - w, u); c.lineTo(m + w, u); c.moveTo(m - w, v); c.lineTo(m + w, v); c.stroke();
-    }
-  },
-  picture(c, l, X, Y, R, pixels, lut) {
-    const [h, w] = l.shape, off = document.createElement('canvas'); off.width = w; off.height = h;
-    const g = off.getContext('2d'), im = g.createImageData(w, h), d = im.data, o = l.data[0];
-    for (let r = 0, k = 0; r < h; r++) for (let q = o + (h - 1 - r) * w, e = q + w; q < e; q++, k += 4) {
-      const v = 3 * pixels[q]; d[k] = lut[v]; d[k + 1] = lut[v + 1]; d[k + 2] = lut[v + 2]; d[k + 3] = 255;
-    }
-    g.putImageData(im, 0, 0);
-    const [x0, x1, y0, y1] = l.extent;
-    c.imageSmoothingEnabled = false; c.drawImage(off, X(x0), Y(y1), X(x1) - X(x0), Y(y0) - Y(y1));
-  },
-"""
-
-# %% ../nbs/exhibits/17_dashboards.ipynb #891d7c15
-_JS_SIGNS = r"""
-  mark(c, l, X, Y, R, p, u, box) {
-    c.strokeStyle = l.color; c.lineWidth = l.width; c.setLineDash(l.dash); c.beginPath();
-    if (l.way === 'v') { const x = X(l.at); c.moveTo(x, box.t); c.lineTo(x, box.b); }
-    else { const y = Y(l.at); c.moveTo(box.l, y); c.lineTo(box.r, y); }
-    c.stroke(); c.setLineDash([]);
-  },
-  span(c, l, X, Y, R, p, u, box) {
-    c.globalAlpha = l.alpha; c.fillStyle = l.color; c.fillRect(X(l.x0), box.t, X(l.x1) - X(l.x0), box.b - box.t);
-      c.globalAlpha = 1;
-  },
-  frame(c, l, X, Y) {
-    const [x0, x1, y0, y1] = l.box; c.strokeStyle = l.color; c.lineWidth = l.width;
-    c.strokeRect(X(x0), Y(y1), X(x1) - X(x0), Y(y0) - Y(y1));
-  },
-  text(c, l, X, Y) {
-    c.fillStyle = l.color; c.textAlign = l.align; c.textBaseline = 'bottom';
-      c.font = `${l.size}px system-ui, sans-serif`;
-    c.fillText(l.text, X(l.at[0]), Y(l.at[1]) - 2);
-  },
-};
-"""
-
-# %% ../nbs/exhibits/17_dashboards.ipynb #b653bf63
-_JS_AXES = r"""
-const FONT = '11px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif', INK = '#444', GRID = '#e6e8eb';
-function boxOf(spec, w, h) {
-  return { l: 58, r: w - 14, t: spec.x.second ? 38 : 8, b: h - 38 };
-}
-function grid(c, spec, X, Y, box) {
-  c.strokeStyle = GRID; c.lineWidth = 1; c.beginPath();
-  for (const [v] of ticksOf(spec.x, (box.r - box.l) / 80)) { const p = Math.round(X(v)) + .5; c.moveTo(p, box.t);
-    c.lineTo(p, box.b); }
-  for (const [v] of ticksOf(spec.y, (box.b - box.t) / 36)) { const p = Math.round(Y(v)) + .5; c.moveTo(box.l, p);
-    c.lineTo(box.r, p); }
-  c.stroke();
-}
-function axes(c, spec, X, Y, box) {
-  c.strokeStyle = '#9aa0a8'; c.lineWidth = 1; c.strokeRect(box.l + .5, box.t + .5, box.r - box.l, box.b - box.t);
-  c.fillStyle = INK; c.font = FONT; c.textAlign = 'center'; c.textBaseline = 'top';
-  for (const [v, s] of ticksOf(spec.x, (box.r - box.l) / 80))
-    String(s).split('\n').forEach((row, i) => c.fillText(row, X(v), box.b + 5 + 12 * i));
-  c.fillText(spec.x.label, (box.l + box.r) / 2, box.b + 22);
-  if (spec.x.second) {
-    const f = spec.x.second.factor, top = { lim: spec.x.lim.map(v => v * f), scale: spec.x.scale };
-    c.textBaseline = 'bottom'; c.strokeStyle = '#9aa0a8'; c.beginPath();
-    for (const [v, s] of ticksOf(top, (box.r - box.l) / 80)) { const p = X(v / f); c.fillText(s, p, box.t - 5);
-      c.moveTo(p, box.t - 4); c.lineTo(p, box.t); }
-    c.stroke(); c.fillText(spec.x.second.label, (box.l + box.r) / 2, box.t - 20);
-  }
-  c.textAlign = 'right'; c.textBaseline = 'middle';
-  for (const [v, s] of ticksOf(spec.y, (box.b - box.t) / 36)) c.fillText(s, box.l - 6, Y(v));
-  c.save(); c.translate(13, (box.t + box.b) / 2); c.rotate(-Math.PI / 2); c.textAlign = 'center';
-    c.fillText(spec.y.label, 0, 0); c.restore();
-}
-"""
-
-# %% ../nbs/exhibits/17_dashboards.ipynb #8ba75876
-_JS_READ = r"""
-const bus = (window.__aasp_bus ??= new EventTarget());
-function node(tag, cls, parent) { const e = document.createElement(tag); if (cls) e.className = cls;
-  if (parent) parent.append(e); return e; }
-function valueAt(x, y, at) {
-  if (!x.length || at < Math.min(x[0], x[x.length - 1]) || at > Math.max(x[0], x[x.length - 1])) return NaN;
-  let a = 0, b = x.length - 1;
-  const up = x[b] >= x[a];
-  while (b - a > 1) { const m = (a + b) >> 1; (x[m] <= at) === up ? a = m : b = m; }
-  return x[b] === x[a] ? y[a] : y[a] + (y[b] - y[a]) * (at - x[a]) / (x[b] - x[a]);
-}
-function swatch(l) {
-  const d = (l.dash || []).join(' ');
-  const fill = ['bars', 'band', 'span'].includes(l.kind)
-    ? `<rect y="1" width="22" height="8" fill="${l.color}" fill-opacity="${Math.max(.25, l.alpha ?? 1)}"/>`
-    : l.kind === 'points' ? (l.marker === 'd'
-      ? `<path d="M11 0l5 5-5 5-5-5z" fill="${l.color}"/>` : `<circle cx="11" cy="5" r="4" fill="${l.color}"/>`)
-    : `<line x1="0" y1="5" x2="22" y2="5" stroke="${l.color}" stroke-width="${l.width}" stroke-dasharray="${d}"/>`;
-  return `<svg width="22" height="10" aria-hidden="true">${fill}</svg>`;
-}
-function hit(spec, R, X, Y, px, py) {
-  let best = null, near = 14;
-  for (const l of spec.layers) {
-    if (!l.pick) continue;
-    const x = R(l.x), y = R(l.y);
-    for (let i = 0; i < x.length; i++) {
-      const wide = l.kind === 'bars' ? Math.abs(X(x[i] + l.width / 2) - X(x[i])) : 0;
-      const d = l.kind === 'bars' ? Math.max(0, Math.abs(px - X(x[i])) - wide) * 20 : Math.hypot(px - X(x[i]),
-        py - Y(y[i]));
-      if (d < near) { near = d; best = { pick: l.pick, index: i }; }
-    }
-  }
-  return best;
-}
-"""
-
-# %% ../nbs/exhibits/17_dashboards.ipynb #cb2ba7bc
-_JS_RENDER = r"""
-function render({ model, el }) {
-  const root = node('div', 'aasp-plot', el), head = node('div', 'aasp-head', root), title = node('span', 'aasp-title',
-    head);
-  const legend = node('span', 'aasp-legend', head), stack = node('div', 'aasp-stack', root);
-  const canvas = node('canvas', 'aasp-canvas', stack), over = node('canvas', 'aasp-over', stack);
-  canvas.tabIndex = 0; canvas.setAttribute('role', 'img');
-  let spec, X, Y, R, box, at = null, known = '', chips = [];
-  function fit(c, w, h) {
-    const r = window.devicePixelRatio || 1;
-    if (c.width !== Math.round(w * r) || c.height !== Math.round(h * r)) { c.width = Math.round(w * r);
-      c.height = Math.round(h * r); c.style.height = h + 'px'; }
-    const g = c.getContext('2d'); g.setTransform(r, 0, 0, r, 0, 0); g.clearRect(0, 0, w, h); return g;
-  }
-  function block(name, type) { const v = model.get(name);
-    return new type(v.buffer.slice(v.byteOffset, v.byteOffset + v.byteLength)); }
-  function draw() {
-    spec = model.get('spec');
-    const w = stack.clientWidth;
-    if (!spec.layers || w < 40) return;
-    const numbers = block('data', Float32Array), pixels = block('pixels', Uint8Array), lut = block('lut', Uint8Array);
-    R = ref => numbers.subarray(ref[0], ref[0] + ref[1]);
-    box = boxOf(spec, w, spec.height); X = scaleOf(spec.x, box.l, box.r); Y = scaleOf(spec.y, box.b, box.t);
-    const c = fit(canvas, w, spec.height);
-    grid(c, spec, X, Y, box);
-    c.save(); c.beginPath(); c.rect(box.l, box.t, box.r - box.l, box.b - box.t); c.clip();
-    for (const l of spec.layers) LAYERS[l.kind](c, l, X, Y, R, pixels, lut, box);
-    c.restore();
-    axes(c, spec, X, Y, box);
-    title.textContent = spec.title; canvas.setAttribute('aria-label', spec.aria);
-    names(); cursor(at, false);
-    canvas.dataset.frame = model.get('frame'); canvas.dataset.time = performance.now();
-  }
-"""
-
-# %% ../nbs/exhibits/17_dashboards.ipynb #423ed0d5
-_JS_CURSOR = r"""
-  function names() {
-    const shown = spec.layers.filter(l => l.name), sign = JSON.stringify(shown.map(l => [l.name, l.color, l.dash,
-      l.kind]));
-    if (sign === known) return;
-    known = sign; legend.innerHTML = ''; chips = [];
-    for (const l of shown) { const s = node('span', 'aasp-chip', legend); s.innerHTML = swatch(l);
-      node('span', '', s).textContent = l.name; const b = node('b', l.kind === 'line' ? 'aasp-value' : '', s);
-        chips.push([l.name, b]); }
-  }
-  function cursor(x, tell = true) {
-    at = x;
-    if (!spec) return;
-    const c = fit(over, stack.clientWidth, spec.height), shown = spec.layers.filter(l => l.name);
-    const inside = x != null && x >= spec.x.lim[0] && x <= spec.x.lim[1];
-    if (inside) { c.strokeStyle = '#111'; c.lineWidth = 1; c.setLineDash([2, 2]); c.beginPath(); c.moveTo(X(x), box.t);
-      c.lineTo(X(x), box.b); c.stroke(); }
-    shown.forEach((l, i) => { if (chips[i]) chips[i][1].textContent = inside && l.kind === 'line'
-      ? ' ' + text(valueAt(R(l.x), R(l.y), x)) + (l.unit || '') : ''; });
-    over.dataset.cursor = inside ? x : '';
-    if (tell && spec.group) bus.dispatchEvent(new CustomEvent(spec.group, { detail: { x, from: canvas } }));
-    if (tell && inside && model.get('report')) { model.set('cursor', x); model.save_changes(); }
-  }
-  const place = e => { const b = canvas.getBoundingClientRect(); return [e.clientX - b.left, e.clientY - b.top]; };
-  const within = p => box && p[0] >= box.l && p[0] <= box.r;
-  function click(px, py) {
-    if (!spec) return;
-    model.set('clicked', { n: (model.get('clicked').n || 0) + 1, x: X.inv(px), y: Y.inv(py), ...(hit(spec, R, X, Y, px,
-      py) || {}) });
-    model.save_changes();
-  }
-"""
-
-# %% ../nbs/exhibits/17_dashboards.ipynb #8e8afe96
-_JS_EVENTS = r"""
-  over.addEventListener('pointermove', e => { const p = place(e); cursor(within(p) ? X.inv(p[0]) : null); });
-  over.addEventListener('pointerleave', () => cursor(null));
-  over.addEventListener('click', e => { click(...place(e)); canvas.focus({ preventScroll: true }); });
-  canvas.addEventListener('keydown', e => {
-    const way = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
-    if (way) { const [lo, hi] = spec.x.lim, s = model.get('stride') || (hi - lo) / 100; e.preventDefault();
-      e.stopPropagation();
-      cursor(Math.max(lo, Math.min(hi, (at ?? (lo + hi) / 2) + way * s))); }
-    else if (e.key === 'Enter' && at != null) { e.stopPropagation(); click(X(at), (box.t + box.b) / 2); }
-  });
-  const follow = e => { if (e.detail.from !== canvas) cursor(e.detail.x, false); };
-  let heard = '';
-  const listen = () => { const g = (model.get('spec') || {}).group || '';
-    if (g !== heard) { if (heard) bus.removeEventListener(heard, follow); if (g) bus.addEventListener(g, follow);
-    heard = g; } };
-  const redraw = () => { listen(); draw(); };
-  model.on('change:frame', redraw);
-  const watch = new ResizeObserver(() => draw()); watch.observe(stack);
-  redraw();
-  return () => { watch.disconnect(); model.off('change:frame', redraw);
-    if (heard) bus.removeEventListener(heard, follow); };
-}
-export default { render };
-"""
-
-# %% ../nbs/exhibits/17_dashboards.ipynb #6457ddc5
-CSS = r"""
-.aasp-dash { background: #fff; color: #24292f; border: 1px solid #d5d9de; border-radius: 8px; padding: 12px 14px 14px;
-  font: 13px/1.45 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; --jp-widgets-label-color: #24292f;
-  --jp-widgets-readout-color: #24292f; --jp-content-font-color1: #24292f; max-width: 1280px; box-sizing: border-box; }
-.aasp-dash .widget-label, .aasp-dash .widget-readout { color: #24292f; font-size: 13px; }
-.aasp-dash .noUi-handle:focus-visible, .aasp-dash button:focus-visible, .aasp-dash select:focus-visible,
-.aasp-dash input:focus-visible, .aasp-dash canvas:focus-visible { outline: 3px solid #0072B2; outline-offset: 1px; }
-.aasp-dash .noUi-handle:focus { box-shadow: 0 0 0 3px #0072B2; }
-.aasp-plot { width: 100%; box-sizing: border-box; }
-.aasp-head { padding: 4px 8px 2px 14px; }
-.aasp-title { display: block; font-weight: 650; }
-.aasp-legend { display: flex; flex-wrap: wrap; gap: 0 10px; font-size: 12px; min-height: 19px; }
-.aasp-chip { display: inline-flex; gap: 5px; align-items: center; white-space: nowrap; }
-.aasp-chip b { font-variant-numeric: tabular-nums; font-weight: 600; }
-.aasp-value { min-width: 2.9em; }
-.aasp-stack { position: relative; width: 100%; }
-.aasp-canvas, .aasp-over { display: block; width: 100%; }
-.aasp-over { position: absolute; inset: 0; cursor: crosshair; }
-.aasp-bar { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
-.aasp-bar h2 { font-size: 17px; margin: 0 10px 0 0; font-weight: 650; }
-.aasp-bar button, .aasp-bar select, .aasp-sound button { font: inherit; padding: 3px 10px; border: 1px solid #b9c0c8;
-  border-radius: 5px;
-  background: #f6f8fa; color: #24292f; cursor: pointer; }
-.aasp-bar button:hover, .aasp-sound button:hover { background: #e9edf1; }
-.aasp-busy { color: #7a4a00; font-weight: 600; }
-.aasp-error { margin-top: 8px; padding: 8px 12px; border: 1px solid #c2410c; border-left-width: 5px; border-radius: 5px;
-  background: #fff4ed; color: #7c2d12; white-space: pre-wrap; }
-.aasp-note { color: #57606a; font-size: 12.5px; }
-.aasp-dash .widget-html-content { line-height: 1.45; }
-.aasp-dash table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; color: #24292f; }
-.aasp-dash th, .aasp-dash td { padding: 4px 9px; line-height: 1.3; border-bottom: 1px solid #e1e4e8; text-align: right;
-  background: none; }
-.aasp-dash th:first-child, .aasp-dash td:first-child { text-align: left; }
-.aasp-dash td { white-space: nowrap; }
-.aasp-sound { display: inline-flex; gap: 8px; align-items: center; flex-wrap: wrap; }
-"""
+CSS = asset("dashboard.css")
 
 # %% ../nbs/exhibits/17_dashboards.ipynb #6bd96e48
 class Plot(anywidget.AnyWidget):
     "A canvas that shows one `Scene`; a redraw is one message."
-    _esm = _JS_SCALES + _JS_LINES + _JS_MARKS + _JS_SIGNS + _JS_AXES + _JS_READ + _JS_RENDER + _JS_CURSOR + _JS_EVENTS
+    _esm = asset("plot.js")
     _css = CSS
     spec = T.Dict().tag(sync=True)                       # axes and layers, numbers by reference
     data = T.Bytes().tag(sync=True)                      # float32
@@ -666,23 +343,10 @@ class Plot(anywidget.AnyWidget):
             self.pixels = b"".join(p.tobytes() for p in scene.pictures)
             self.frame += 1
 
-# %% ../nbs/exhibits/17_dashboards.ipynb #badf9e16
-_TOGETHER_JS = r"""
-function initialize({ model }) {
-  let queue = Promise.resolve();  // one bundle after the other: a later one must not overtake
-  model.on('change:bundle', () => {
-    const bundle = model.get('bundle');
-    queue = queue.then(async () => { for (const id of Object.keys(bundle))
-      (await model.widget_manager.get_model(id)).set_state(bundle[id]); }).catch(e => console.error(e));
-  });
-}
-export default { initialize };
-"""
-
 # %% ../nbs/exhibits/17_dashboards.ipynb #c1efeeaf
 class Together(anywidget.AnyWidget):
     "Collects what widgets send while it is entered, and sends it as one message."
-    _esm = _TOGETHER_JS
+    _esm = asset("together.js")
     bundle = T.Dict().tag(sync=True)  # model id -> changed state
 
     def watch(self, *widgets):
@@ -701,87 +365,20 @@ class Together(anywidget.AnyWidget):
         self.states, states = None, self.states
         if states: self.bundle = states
 
-# %% ../nbs/exhibits/17_dashboards.ipynb #c815bd31
-_TOOLBAR_JS = r"""
-function node(tag, parent, text, cls) { const e = document.createElement(tag); if (text) e.textContent = text;
-  if (cls) e.className = cls; parent.append(e); return e; }
-function render({ model, el }) {
-  const bar = node('div', el, '', 'aasp-bar');
-  node('h2', bar, model.get('title'));
-  const label = node('label', bar, 'Preset '), pick = node('select', label);
-  pick.setAttribute('aria-label', 'preset');
-  const own = node('option', pick, 'own setting'); own.value = '';
-  for (const n of model.get('presets')) { const o = node('option', pick, n); o.value = n; }
-  pick.onchange = () => { if (pick.value) model.send({ kind: 'preset', name: pick.value }); };
-  const button = (text, fn, tip) => { const b = node('button', bar, text); b.onclick = fn; b.title = tip; return b; };
-  button('Reset', () => model.send({ kind: 'reset' }), 'Back to the first state');
-  button('Save state', () => model.send({ kind: 'save' }), 'Save the state as JSON; papermill takes it with -f');
-  const file = node('input', bar); file.type = 'file'; file.accept = '.json'; file.style.display = 'none';
-  file.onchange = async () => { const f = file.files[0];
-    if (f) model.send({ kind: 'load', name: f.name, text: await f.slice(0, 1e6).text() }); file.value = ''; };
-  button('Load state\u2026', () => file.click(), 'Load a state saved before');
-  const busy = node('span', bar, '', 'aasp-busy'); busy.setAttribute('aria-live', 'polite');
-  const error = node('div', el, '', 'aasp-error'); error.setAttribute('role', 'alert');
-  const show = () => { pick.value = model.get('preset');
-    busy.textContent = model.get('busy') ? '\u23F3 ' + model.get('busy') : '';
-    error.textContent = model.get('error'); error.style.display = model.get('error') ? '' : 'none'; };
-  const saved = m => { if (m.kind !== 'saved') return;
-    const a = document.createElement('a');
-      a.href = URL.createObjectURL(new Blob([m.text], { type: 'application/json' }));
-    a.download = m.name; a.click(); setTimeout(() => URL.revokeObjectURL(a.href), 1000); };
-  model.on('change:preset', show); model.on('change:busy', show); model.on('change:error', show);
-    model.on('msg:custom', saved);
-  show();
-}
-export default { render };
-"""
-
 # %% ../nbs/exhibits/17_dashboards.ipynb #6d2864ba
 class Toolbar(anywidget.AnyWidget):
     "Title, presets, reset, save, load, busy sign and error box of a dashboard."
-    _esm, _css = _TOOLBAR_JS, CSS
+    _esm, _css = asset("toolbar.js"), CSS
     title = T.Unicode("").tag(sync=True)
     presets = T.List(T.Unicode()).tag(sync=True)
     preset = T.Unicode("").tag(sync=True)   # the chosen one; empty when the state is the reader's own
     busy = T.Unicode("").tag(sync=True)     # what is being computed
     error = T.Unicode("").tag(sync=True)    # shown in a box; empty hides it
 
-# %% ../nbs/exhibits/17_dashboards.ipynb #a57a4093
-_SOUND_JS = r"""
-function render({ model, el }) {
-  const box = document.createElement('div'); box.className = 'aasp-sound'; el.append(box);
-  const audio = new Audio(); let url = '';
-  const button = document.createElement('button'), range = document.createElement('input'),
-    name = document.createElement('label');
-  range.type = 'range'; range.min = 0; range.max = 1; range.step = 0.01; range.value = audio.volume = 0.25;
-    range.setAttribute('aria-label', 'volume');
-  range.oninput = () => { audio.volume = +range.value; };
-  const held = () => { const v = model.get('wav'); return v && v.byteLength ? v : null; };
-  const show = () => { button.textContent = (audio.paused ? '\u25B6 Play ' : '\u25A0 Stop ') + model.get('label');
-    button.disabled = !held(); };
-  const drop = () => { audio.pause();
-    // the address lives a little longer: a browser that still reads it would complain
-    if (url) { const old = url; url = ''; audio.removeAttribute('src'); audio.load();
-      setTimeout(() => URL.revokeObjectURL(old), 2000); } };
-  const start = () => { if (!held()) return;
-    if (!url) { url = URL.createObjectURL(new Blob([held()], { type: 'audio/wav' })); audio.src = url; }
-    audio.currentTime = 0; audio.play().catch(() => {}); };
-  const load = () => { drop(); show(); };
-  button.onclick = () => { if (audio.paused) start(); else { audio.pause(); audio.currentTime = 0; } };
-  for (const e of ['play', 'pause', 'ended']) audio.addEventListener(e, show);
-  audio.addEventListener('play', () => { box.dataset.plays = 1 + +(box.dataset.plays || 0); });
-  name.append('volume ', range); box.append(button, name);
-  model.on('change:wav', load); model.on('change:label', show); model.on('change:plays', () => setTimeout(start, 0));
-  load();
-  return drop;
-}
-export default { render };
-"""
-
 # %% ../nbs/exhibits/17_dashboards.ipynb #27855afd
 class Sound(anywidget.AnyWidget):
     "A play button with a volume that starts at a quarter; nothing plays until it is pressed."
-    _esm, _css = _SOUND_JS, CSS
+    _esm, _css = asset("sound.js"), CSS
     wav = T.Bytes(b"").tag(sync=True)
     label = T.Unicode("").tag(sync=True)
     plays = T.Int(0).tag(sync=True)  # raised after a click of the reader that asks for the sound: it plays once

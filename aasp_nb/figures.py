@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'LINES', 'STYLE', 'WINDOW_LINES', 'BOX_COLOURS', 'publicat
            'draw_coverage', 'draw_folding', 'claim_sentence', 'draw_windows', 'draw_box', 'port', 'draw_arrow',
            'canvas', 'overview_numbers', 'overview_boxes', 'draw_overview', 'aape_shapes', 'architecture_boxes',
            'draw_architecture', 'clip_parameters', 'parameter_statistics', 'parameter_panel', 'draw_patch_parameters',
-           'draw_learned_frequencies']
+           'draw_learned_frequencies', 'embedding_map']
 
 # %% ../nbs/exhibits/16_figures.ipynb #1bcdbe9a
 import contextlib
@@ -545,4 +545,28 @@ def draw_learned_frequencies(
     ax.set(xlabel="frequency at the start (Hz)", ylabel="frequency after training (Hz)", xlim=(0, frame_rate / 2),
         ylim=(0, frame_rate / 2), title=title, aspect="equal")
     ax.legend(loc="upper left")
+    return fig
+
+# %% ../nbs/exhibits/16_figures.ipynb #4e81c97a
+def embedding_map(
+    vectors, # [n, D] embeddings, n >= 2
+    names,   # [n] what a point says under the cursor, as its path
+    labels=None, # [n] class of each point, for its colour; None: one colour
+    title="",
+): # plotly figure: the first two principal components, with the share of the variance they hold
+    "Principal components of embeddings as an interactive scatter. Raises `ValueError` on shapes that do not fit."
+    import plotly.graph_objects as go
+    x = np.asarray(vectors, float)
+    if x.ndim != 2 or len(x) < 2 or len(names) != len(x) or labels is not None and len(labels) != len(x):
+        raise ValueError(f"need [n, D] vectors with n names and labels, got {x.shape}, {len(names)} names")
+    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    place, share = u[:, :2] * s[:2], s[:2] ** 2 / max((s ** 2).sum(), 1e-30)
+    kinds = np.asarray(["clips"] * len(x) if labels is None else labels, dtype=str)
+    fig = go.Figure(layout=dict(title=title, template="simple_white", width=760, height=560))
+    for kind in sorted(set(kinds)):
+        rows = np.flatnonzero(kinds == kind)
+        fig.add_scatter(x=place[rows, 0], y=place[rows, 1] if place.shape[1] > 1 else np.zeros(len(rows)), mode="markers", name=kind,
+                        text=[str(names[i]) for i in rows], hovertemplate="%{text}<extra>" + kind + "</extra>")
+    for axis, k in (("xaxis", 0), ("yaxis", 1)):
+        fig.layout[axis].title = f"component {k + 1} ({100 * share[k]:.0f} % of the variance)" if k < len(share) else ""
     return fig

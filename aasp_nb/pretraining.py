@@ -8,7 +8,7 @@ __all__ = ['MEASURED', 'NARROW', 'Schedule', 'AaSPLearner', 'build_learner', 'as
            'write_results']
 
 # %% ../nbs/recipes/pretraining.ipynb #ced41716
-import contextlib, gc, hashlib, os, time
+import contextlib, gc, hashlib, time
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from .loop import (cosine_warmup, cpu_has_bf16, fit, Guard, Learner, make_optimi
                           step_generator)
 from .objectives import cached_contrastive
 from .processes import from_first, gathered, rank, start_processes, stop_wanted, summed, world_size
-from .runs import check_same, environment, Onlooker, read_metrics, RunDir, RunError, step_folders, writing
+from .runs import check_same, environment, Onlooker, read_metrics, RunDir, RunError, step_folders, usable_cores, writing
 
 # %% ../nbs/recipes/pretraining.ipynb #e61c06d2
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def prepare_data(
     if cache == "auto":
         told = describe(manifest, config.sample_rate, 200)
         cache = told["hours"] * 7200 * config.sample_rate < 2**32 and told["longest_seconds"] < 1200
-    if cache: reader = decode_once(manifest, config.sample_rate, workers=os.cpu_count(), channel=config.channel)
+    if cache: reader = decode_once(manifest, config.sample_rate, workers=usable_cores(), channel=config.channel)
     return AudioDataset(manifest, config.crop_samples / config.sample_rate, config.sample_rate, seed=config.seed,
                         fill_crops=config.fill_crops, reader=reader, channel=config.channel)
 
@@ -224,7 +224,7 @@ def _train(run, config: AaSPConfig, dataset: AudioDataset, device: torch.device,
             run.log(f"nothing to do: {start} steps are done", show=True)
             return run.read_json("results.json") if run.writes else None
         if workers is None:
-            workers = 0 if isinstance(dataset.reader, CachedReader) else max(1, os.cpu_count() // world_size() - 1)
+            workers = 0 if isinstance(dataset.reader, CachedReader) else max(1, min(8, usable_cores() // world_size() - 1))
         loader = train_loader(dataset, config.batch_size, config.seed, start, workers=workers,
                               pin_memory=device.type == "cuda", rank=rank(), world=world_size())
         run.start_metrics(start)
@@ -297,7 +297,7 @@ def pretrain(
     resume: bool | str = False,  # False: a new run; True: go on; "auto": go on if there is something to go on with
     max_steps: int = None,  # end after this step, with a checkpoint; the schedule still spans config.steps
     device: str = "auto",  # "auto", "cpu", "cuda"
-    workers: int = None,  # loader processes each (default: none for decoded clips, else cores less one)
+    workers: int = None,  # loader processes each (default: none for decoded clips, else cores less one, at most 8)
     cache: bool | str = "auto",  # decode once: see `prepare_data`
     processes: int = 1,  # training processes; on GPUs one each
     threads: int = None,  # CPU threads, all processes together (default: one each for a narrow encoder on a CPU, else torch's)
