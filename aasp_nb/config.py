@@ -218,7 +218,7 @@ def _check_audio(c):
         (c.n_mels % f == 0, f"n_mels {c.n_mels} is not a multiple of the patch height {f}: change either"),
         (c.n_frames % t == 0, f"n_frames {c.n_frames} is not a multiple of the patch width {t}: "
                               f"use {max(1, round(c.n_frames/t))*t}, or None to have it computed"),
-        (abs(duration-c.crop_seconds) < (t+1)*hop, f"n_frames {c.n_frames} holds {duration:.2f} s but crop_seconds is "
+        (abs(duration-c.crop_seconds) < (max(t, 16)+1)*hop, f"n_frames {c.n_frames} holds {duration:.2f} s but crop_seconds is "
                                                 f"{c.crop_seconds}: set n_frames to None to have it computed"))
 
 # %% ../nbs/recipes/config.ipynb #1c4fbf53
