@@ -99,6 +99,14 @@ class Odd(AudioDataset):
         return item
 
 
+def test_negatives_come_from_all_processes_without_accumulation_too(clips, whole, tmp_path):
+    "A batch in one part per process: the contrastive loss is that of the whole batch, not of a process's half."
+    run = tmp_path / "run"
+    pretrain(config(), clips, run, max_steps=2, processes=2, **CALL)
+    got = read_metrics(run)
+    for name in ("loss_con", "loss", "grad_norm"): np.testing.assert_allclose(got[name], whole[name][:2], err_msg=name, rtol=1e-3)
+
+
 def test_bad_steps_and_errors_of_one_process_concern_all(clips, tmp_path):
     data = Odd(Manifest.open(clips), 1.0, fill_crops=False)
     with pytest.raises(AudioError, match="disk of the second process") as e:
