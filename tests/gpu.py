@@ -68,10 +68,11 @@ def record(out: Path, part: str, entry: dict):
 
 
 def parameter(text: str) -> tuple:
-    "name=value of a notebook parameter; values that are no Python literal stay strings."
+    "name=value of a notebook parameter; values that are no Python number, truth or quoted text stay strings, so does 31,63."
     name, _, value = text.partition("=")
-    try: return name, ast.literal_eval(value)
+    try: found = ast.literal_eval(value)
     except (ValueError, SyntaxError): return name, value
+    return name, value if isinstance(found, tuple) else found
 
 
 def execute(notebook: str, given: dict):

@@ -78,6 +78,7 @@ def test_parts_name_what_exists():
 def test_notebook_parameters(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")  # what `execute` sets would reach the kernels of other tests
     assert gpu.parameter("a=3") == ("a", 3) and gpu.parameter("b=cuda") == ("b", "cuda") and gpu.parameter("c=1=2") == ("c", "1=2")
+    assert gpu.parameter("kernel_sizes=31,63") == ("kernel_sizes", "31,63")
     with pytest.raises(SystemExit, match="no parameter nonsense"): gpu.execute("nbs/runs/bench_sblu.ipynb", dict(nonsense=1))
 
 
