@@ -499,13 +499,17 @@ def test_gpu_additions_are_relaxed():
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("K", (3, 31, 63, 255, 511))
 def test_on_a_gpu(phase, K):
-    for P, n_t, C in ((16, 38, 128), (7, 3, 3), (40, 1, 2), (1, 9, 4)):
+    odd = ((7, 3, 3), (40, 1, 2), (1, 9, 4), (11, 2, 3)) if K == 31 else ()  # each size is compiled anew: seconds
+    for P, n_t, C in ((16, 38, 128), *odd):
         args = dense(2, C, n_t, P, K, torch.float64, device="cuda")
         agree(lambda *t: adaptive_sblu(*t, K, 0.9, phase), lambda *t: sblu_reference(*t, K, 0.9, phase), args)
         single = [a.detach().float().requires_grad_() for a in args]
         agree(lambda *t: adaptive_sblu(*t, K, 0.9, phase), lambda *t: sblu_reference(*t, K, 0.9, phase), single, 1e-3)
         assert last_backend() == "triton"
-    for dtype, tol in ((torch.float64, 1e-8), (torch.float32, 1e-3), (torch.bfloat16, 0.03), (torch.float16, 0.03)):
+        again = [torch.autograd.grad(adaptive_sblu(*single, K, 0.9, phase).sum(), single) for _ in range(2)]
+        if sblu_gpu.carried_piece(P, K // 2): assert all(torch.equal(a, b) for a, b in zip(*again))
+    types = ((torch.float64, 1e-8), (torch.float32, 1e-3), (torch.bfloat16, 0.03), (torch.float16, 0.03))
+    for dtype, tol in types if K == 63 else types[1:2]:
         args, index, grid = sparse(3, 4, 10, (8, 13), 16, 16, K, dtype, device="cuda")
         agree(lambda *t: sblu_patches(*t, index, grid, K, 1.0, phase), lambda *t: patches_direct(*t, index, grid, K, 1.0, phase), args, tol)
 
