@@ -490,6 +490,17 @@ def test_delta_reaches_a_float64_kernel_unrounded():
 
 
 @pytest.mark.skipif(sblu_gpu.triton is None, reason="SKIPPED: no Triton")
+def test_a_fake_gpu_sees_the_layout_of_the_results():
+    with torch._subclasses.FakeTensorMode():
+        u, a = torch.empty(2, 32, 5, device="cuda").transpose(1, 2), torch.empty(2, 5, 4, device="cuda")
+        y = adaptive_sblu(u, a, a, 7)
+        du, da, _ = sblu_ops.adaptive_sblu_backward_op(y, u, a, a, 7, 1.0, "even", "auto")
+        assert y.stride() == u.stride() == du.stride() == (160, 1, 5) and da.stride() == (20, 1, 5)
+        a, index = torch.empty(2, 3, 4, 5, device="cuda"), torch.empty(2, 3, 4, device="cuda", dtype=torch.int64)
+        assert sblu_patches(u, a, a, index, (1, 4), 7).transpose(-1, -2).is_contiguous()
+
+
+@pytest.mark.skipif(sblu_gpu.triton is None, reason="SKIPPED: no Triton")
 def test_gpu_additions_are_relaxed():
     source = Path(sblu_gpu.__file__).read_text()
     assert source.count("tl.atomic_add(") == source.count('sem="relaxed")') > 0
