@@ -7,7 +7,7 @@ __all__ = ['sincos_axis', 'sincos_positions', 'resize_positions', 'patch_grid', 
            'gather_tokens', 'patchify', 'StandardPatchEmbed', 'initial_raw', 'init_linear', 'key_mask', 'LambdaBlock',
            'LambdaEncoder', 'FixedParameters', 'frame_moments', 'pool_rows', 'moment_weights', 'group_statistics',
            'patch_statistics', 'row_linear', 'fuse_tail', 'extend_last', 'hide_masked', 'check_choices', 'keep_patches',
-           'GroupedPointwise', 'AdaptiveSBLU', 'PatchFusion', 'AaPE', 'count_parameters']
+           'pointwise_last', 'GroupedPointwise', 'AdaptiveSBLU', 'PatchFusion', 'AaPE', 'count_parameters']
 
 # %% ../nbs/method/03_patch_embed.ipynb #321de818
 import torch
@@ -382,11 +382,21 @@ def keep_patches(
     return whole[:, None] if visible is None else gather_tokens(whole[..., None], visible)[..., 0]
 
 # %% ../nbs/method/03_patch_embed.ipynb #3b5ff047
+def pointwise_last(
+    x: torch.Tensor, # [B, in_channels, T]
+    weight: torch.Tensor, # [out_channels, in_channels / groups]
+    groups: int, # of channels
+) -> torch.Tensor: # [B, out_channels, T], channels last in memory
+    "Grouped pointwise convolution as one product with a block-diagonal matrix: its result needs no transposition on a GPU."
+    whole = torch.block_diag(*weight.unflatten(0, (groups, -1)))
+    return torch.bmm(x.transpose(1, 2), whole.T.expand(len(x), -1, -1)).transpose(1, 2)
+
 class GroupedPointwise(nn.Conv1d):
     "Pointwise convolution in groups, without bias, as a batched matrix product."
     def forward(self,
         x: torch.Tensor, # [B, in_channels, T]
-    ) -> torch.Tensor: # [B, out_channels, T]
+    ) -> torch.Tensor: # [B, out_channels, T]; on a GPU channels last in memory, as its kernels take them
+        if x.is_cuda: return pointwise_last(x, self.weight[..., 0], self.groups)
         weight = self.weight[..., 0].unflatten(0, (self.groups, -1))
         return (weight @ x.unflatten(1, (self.groups, -1))).flatten(1, 2)
 
@@ -449,7 +459,9 @@ def spectrum(self: AdaptiveSBLU,
     from aasp_nb.sblu_ops import adaptive_sblu, sblu_patches  # here: what only estimates opens without numba
     grid = (self.rows, u.shape[-1] // self.patch_size[1])
     if visible is not None: return sblu_patches(u, alpha, beta, visible, grid, **self.kernel)
-    rates = [r.reshape(-1, *grid, self.hidden).transpose(2, 3).flatten(1, 2) for r in (alpha, beta)]
+    rates = [r.reshape(-1, *grid, self.hidden) for r in (alpha, beta)]
+    if u.is_cuda: rates = [r.transpose(1, 2).flatten(2).transpose(1, 2) for r in rates]  # one copy, channels last
+    else: rates = [r.transpose(2, 3).flatten(1, 2) for r in rates]
     y = adaptive_sblu(u, *rates, **self.kernel).view(u.shape[0], self.rows, self.hidden, grid[1], -1)
     return y.transpose(2, 3).flatten(1, 2)[:, None]
 
@@ -472,6 +484,8 @@ def tail(self: AdaptiveSBLU,
         mean, var = patch_statistics(y.to(exact), member, c, self.norm_scope, keep)
         rate = (var + self.norm.eps).rsqrt()
         shift = member @ bias.to(exact) - (member * mean * rate) @ gain.to(exact)
+    if y.stride(-1) != 1:  # units last in memory, as GPU kernels write them: turn the weight, not the data
+        weight, y = weight.unflatten(-1, y.shape[-2:]).transpose(-1, -2).flatten(-2), y.transpose(-1, -2)
     y = y.flatten(2)
     out = torch.einsum("vfnk,fdk->vfnd", y.unflatten(1, (self.rows, -1)), weight).flatten(1, 2) if full \
         else row_linear(y, row, weight)

@@ -7,9 +7,9 @@ __all__ = ['BACKENDS', 'window_sums', 'adjoint_sums', 'window_sums_direct', 'adj
            'gain_gradients', 'patch_backward', 'patch_windows', 'guarded_forward', 'guarded_backward', 'dense_forward',
            'dense_backward', 'gather_windows', 'patches_direct', 'patches_forward', 'patches_backward', 'last_backend',
            'use_backend', 'asked_backend', 'installed', 'find_backend', 'pick_backend', 'run_backend', 'working',
-           'adaptive_sblu_op', 'adaptive_sblu_backward_op', 'save_dense', 'dense_gradients', 'no_vmap', 'adaptive_sblu',
-           'check_index', 'sblu_patches_op', 'sblu_patches_backward_op', 'save_sparse', 'sparse_gradients',
-           'check_patches', 'sblu_patches']
+           'adaptive_sblu_op', 'adaptive_sblu_backward_op', 'empty_result', 'save_dense', 'dense_gradients', 'no_vmap',
+           'adaptive_sblu', 'check_index', 'sblu_patches_op', 'sblu_patches_backward_op', 'save_sparse',
+           'sparse_gradients', 'check_patches', 'sblu_patches']
 
 # %% ../nbs/method/02a_sblu_ops.ipynb #a157b5b8
 import contextlib
@@ -252,8 +252,8 @@ def run_backend(name, direction, tensors, index, grid, c, delta, phase):
 
 # %% ../nbs/method/02a_sblu_ops.ipynb #3243e259
 def working(backend, *tensors):
-    "The tensors made contiguous; except for Triton as float32, or float64 where the first one is."
-    if backend == "triton": return [t.contiguous() for t in tensors]
+    "The tensors made contiguous, float32, or float64 where the first one is; for Triton as they are."
+    if backend == "triton": return list(tensors)
     dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     return [t.to(dtype).contiguous() for t in tensors]
 
@@ -279,12 +279,17 @@ def adaptive_sblu_backward_op(dy:torch.Tensor, u:torch.Tensor, alpha:torch.Tenso
     return tuple(t.to(like.dtype) for t, like in zip(grads, (u, alpha, beta)))
 
 # %% ../nbs/method/02a_sblu_ops.ipynb #922731e0
+def empty_result(like, shape, backend):
+    "An empty tensor laid out as a backend's results: the last two axes change places in memory for Triton."
+    if find_backend(like.device, backend) != "triton": return like.new_empty(shape)
+    return like.new_empty(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+
 @adaptive_sblu_op.register_fake
-def _(u, alpha, beta, kernel_size, delta, phase, backend): return u.new_empty(u.shape)
+def _(u, alpha, beta, kernel_size, delta, phase, backend): return empty_result(u, u.shape, backend)
 
 @adaptive_sblu_backward_op.register_fake
 def _(dy, u, alpha, beta, kernel_size, delta, phase, backend):
-    return tuple(t.new_empty(t.shape) for t in (u, alpha, beta))
+    return tuple(empty_result(t, t.shape, backend) for t in (u, alpha, beta))
 
 # %% ../nbs/method/02a_sblu_ops.ipynb #e8a014d6
 def save_dense(ctx, inputs, output):
@@ -353,11 +358,11 @@ def sblu_patches_backward_op(dy:torch.Tensor, u:torch.Tensor, alpha:torch.Tensor
 # %% ../nbs/method/02a_sblu_ops.ipynb #44ccad87
 @sblu_patches_op.register_fake
 def _(u, alpha, beta, index, n_f, n_t, kernel_size, delta, phase, backend):
-    return u.new_empty(*alpha.shape, u.shape[2] // n_t)
+    return empty_result(u, (*alpha.shape, u.shape[2] // n_t), backend)
 
 @sblu_patches_backward_op.register_fake
 def _(dy, u, alpha, beta, index, n_f, n_t, kernel_size, delta, phase, backend):
-    return tuple(t.new_empty(t.shape) for t in (u, alpha, beta))
+    return empty_result(u, u.shape, backend), alpha.new_empty(alpha.shape), beta.new_empty(beta.shape)
 
 # %% ../nbs/method/02a_sblu_ops.ipynb #9145cbd5
 def save_sparse(ctx, inputs, output):

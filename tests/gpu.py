@@ -8,7 +8,10 @@ notebooks are executed by this script, without Jupyter.
     python tests/gpu.py kernels --force     # one part, again
     python tests/gpu.py --list
 
-Exit status: 0 all asked for ran or were recorded, 1 a part failed, 3 no GPU: nothing was run.
+Where calls are short (a lent machine), `--budget 560` starts no part that has less than 90 s left and `--known FILE` skips
+what an earlier call's gpu.json has as passed; both go on where that call stopped: the same command until nothing is left.
+
+Exit status: 0 all asked for ran or were recorded, 1 a part failed or was not started, 3 no GPU: nothing was run.
 """
 import argparse
 import ast
@@ -23,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 480  # seconds of a part
+LEAST = 90  # seconds that a part is worth starting with
 NO_GPU = 3
 
 PARTS = {  # name: (what it is, command); {out} is the folder for tables, {flagged} the files of `flagged`
@@ -54,10 +58,10 @@ def revision() -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()[:12]
 
 
-def records(out: Path) -> dict:
-    "What `gpu.json` says, empty where there is none."
-    path = out / "gpu.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def records(out: Path, known: str = "") -> dict:
+    "What `gpu.json` says, over what an earlier one elsewhere says; empty where there is none."
+    paths = [Path(known)] * bool(known) + [out / "gpu.json"]
+    return {part: entry for path in paths if path.exists() for part, entry in json.loads(path.read_text()).items()}
 
 
 def record(out: Path, part: str, entry: dict):
@@ -68,10 +72,11 @@ def record(out: Path, part: str, entry: dict):
 
 
 def parameter(text: str) -> tuple:
-    "name=value of a notebook parameter; values that are no Python literal stay strings."
+    "name=value of a notebook parameter; values that are no Python number, truth or quoted text stay strings, so does 31,63."
     name, _, value = text.partition("=")
-    try: return name, ast.literal_eval(value)
+    try: found = ast.literal_eval(value)
     except (ValueError, SyntaxError): return name, value
+    return name, value if isinstance(found, tuple) else found
 
 
 def execute(notebook: str, given: dict):
@@ -118,6 +123,8 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="run recorded parts again")
     parser.add_argument("--list", action="store_true", help="show the parts and what is recorded")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of a part")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all parts together")
+    parser.add_argument("--known", default="", help="gpu.json of an earlier call, if it lies elsewhere")
     parser.add_argument("--execute", metavar="NOTEBOOK", help="run one notebook here, with name=value parameters")
     asked = parser.parse_args()
     if asked.execute:
@@ -127,7 +134,7 @@ def main() -> int:
     if unknown: parser.error(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     out, name, state = Path(asked.out).resolve(), gpu_name(), revision()
     out.mkdir(parents=True, exist_ok=True)
-    done = records(out)
+    done, start = records(out, asked.known), time.time()
     if asked.list:
         for part, (what, _) in PARTS.items(): print(f"{part:10s} {what}: {done.get(part, {}).get('result', 'not recorded')}")
         return 0
@@ -139,10 +146,17 @@ def main() -> int:
         had = done.get(part, {})
         if (had.get("revision"), had.get("gpu"), had.get("result")) == (state, name, "passed") and not asked.force:
             print(f"== {part}: recorded for this revision on {name}, skipped (--force runs it again)")
+            if asked.known: record(out, part, had)
+            continue
+        left = asked.budget - (time.time() - start)
+        if left < min(LEAST, asked.limit):
+            print(f"== {part}: not started, {left:.0f} s are left; the same command goes on here", flush=True)
+            failed.append(part)
             continue
         print(f"== {part}: {PARTS[part][0]}", flush=True)
-        status, seconds, tail = run_part(part, out, asked.limit)
-        result = {0: "passed", 124: f"stopped after {asked.limit:.0f} s"}.get(status, f"failed, exit status {status}")
+        limit = min(asked.limit, left)
+        status, seconds, tail = run_part(part, out, limit)
+        result = {0: "passed", 124: f"stopped after {limit:.0f} s"}.get(status, f"failed, exit status {status}")
         print(f"== {part}: {result}, {seconds:.0f} s", flush=True)
         record(out, part, dict(result=result, seconds=round(seconds), revision=state, gpu=name,
                                when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), tail=tail))

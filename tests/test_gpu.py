@@ -63,6 +63,13 @@ def test_parts_are_recorded_skipped_and_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "revision", lambda: "later")
     assert "skipped" not in run("good")[1]
     assert "bad" in run("--list")[1]
+    monkeypatch.setattr(gpu, "revision", lambda: "later")
+    kept = tmp_path / "earlier.json"
+    kept.write_text((tmp_path / "gpu.json").read_text())
+    (tmp_path / "gpu.json").unlink()  # a lent machine empties its folder
+    code, text = run("good", "bad", "--known", str(kept), "--budget", "10")
+    assert code == 1 and "good: recorded" in text and "bad: not started" in text
+    assert list(json.loads((tmp_path / "gpu.json").read_text())) == ["good"]
     with pytest.raises(SystemExit): run("nonsense")
 
 
@@ -78,6 +85,7 @@ def test_parts_name_what_exists():
 def test_notebook_parameters(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")  # what `execute` sets would reach the kernels of other tests
     assert gpu.parameter("a=3") == ("a", 3) and gpu.parameter("b=cuda") == ("b", "cuda") and gpu.parameter("c=1=2") == ("c", "1=2")
+    assert gpu.parameter("kernel_sizes=31,63") == ("kernel_sizes", "31,63")
     with pytest.raises(SystemExit, match="no parameter nonsense"): gpu.execute("nbs/runs/bench_sblu.ipynb", dict(nonsense=1))
 
 
