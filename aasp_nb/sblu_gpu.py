@@ -191,7 +191,8 @@ def direct_frame(base, at, k, T, C, ok, rr, ri, HALF: tl.constexpr, SIGN: tl.con
     wr, wi, yi, dr, di, er, ei = zero + 1, zero, zero, zero, zero, zero, zero
     for m in range(1, HALF + 1):
         wr, wi = wr * rr - wi * ri, wr * ri + wi * rr
-        ahead, back = lane_sample(base + (k + m) * C, at + (k + m), T, ok, dtype), lane_sample(base + (k - m) * C, at + (k - m), T, ok, dtype)
+        ahead = lane_sample(base + (k + m) * C, at + (k + m), T, ok, dtype)
+        back = lane_sample(base + (k - m) * C, at + (k - m), T, ok, dtype)
         both, diff = ahead + back, ahead + SIGN * back
         yr, yi = yr + wr * both, yi + wi * diff
         dr, di = dr + m * wr * both, di + m * wi * diff
@@ -247,7 +248,8 @@ def visible_lanes(index, total, M, n, n_f, n_t, H, BLOCK: tl.constexpr):
 
 @jit
 def visible_forward_kernel(u, alpha, beta, index, y, total, M, n, n_f, n_t, T, C: tl.constexpr, H: tl.constexpr,
-                           P: tl.constexpr, HALF: tl.constexpr, SIGN: tl.constexpr, DELTA: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+                           P: tl.constexpr, HALF: tl.constexpr, SIGN: tl.constexpr, DELTA: tl.constexpr, S: tl.constexpr,
+                           BLOCK: tl.constexpr,
                            WIDE: tl.constexpr):
     "u [B, T, C = n_f H], alpha, beta [B, M, n, H], y [B, M, n, P, H]; lanes are units of tokens."
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
@@ -343,7 +345,8 @@ def add_piece(carry, g, rr, ri, qr, qi, S: tl.constexpr, HALF: tl.constexpr, SIG
 # %% ../nbs/method/02c_sblu_gpu.ipynb #6e3bb425
 @jit
 def dense_backward_kernel(u, alpha, beta, dy, du, da, db, odd, flags, T, n_t, chunk, chunks, C: tl.constexpr,
-                          P: tl.constexpr, HALF: tl.constexpr, SIGN: tl.constexpr, DELTA: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+                          P: tl.constexpr, HALF: tl.constexpr, SIGN: tl.constexpr, DELTA: tl.constexpr, S: tl.constexpr,
+                          BLOCK: tl.constexpr,
                           WIDE: tl.constexpr):
     """Gradients of `dense_forward_kernel`, du by a rolling carry; S divides P. A program writes its own `chunk` patches and
     works through those within HALF of them too. odd [B, n_t pieces, C] marks pieces left to `mend_kernel`."""
@@ -357,7 +360,7 @@ def dense_backward_kernel(u, alpha, beta, dy, du, da, db, odd, flags, T, n_t, ch
     low, high = tl.maximum(first - halo, 0), last + halo  # beyond the last patch all is zero: what is carried comes out
     zero = tl.zeros([BLOCK], dtype)
     carry, a_sum, b_sum, any_bad = (), zero, zero, tl.zeros([BLOCK], tl.int32)
-    for j in tl.static_range(0, 2 * HALF): carry = carry + (zero,)
+    for _ in tl.static_range(0, 2 * HALF): carry = carry + (zero,)
     for piece in range(low, high):
         patch, begin, at, ok = piece // pieces, piece % pieces * S, piece * S, (channel < C) & (piece < n_t * pieces)
         where, here = (clip * n_t + patch) * C + channel, (clip * T + at) * C + channel
