@@ -201,7 +201,8 @@ def spectrogram_scene(
     "The log-mel spectrogram with the borders of the patches; framed: the chosen patch; line: the band."
     state, logmel = result["state"], result["logmel"]
     mel, frames = logmel.shape
-    end, top, step = frames / RATE, float(logmel.max()), state["hop"] / RATE
+    end, step = frames / RATE, state["hop"] / RATE
+    top = max(float(logmel.max()), math.log(CONFIG.log_floor) + 12)  # silence is dark
     s = Scene(axis("time (s)", (0, end)), axis("frequency (Hz, mel)", (0, mel), ticks=mel_ticks(CONFIG)),
               f"Log-mel spectrogram, a token every {10 * state['hop']} ms: click a patch to hear it", 190, group,
               "Log-mel spectrogram; framed: the chosen patch")
@@ -352,9 +353,13 @@ def lab_table(
 ):  # -> str: HTML
     "Each strong rate, where it lands and how much of it, and the sentences that go with it."
     p, state, v = result["peaks"], result["state"], result["sblu"]
-    zone = lambda z: "stays" if z == 0 else "folds, reversed" if z % 2 else "folds"
+    seconds = result["logmel"].shape[1] / RATE
+    def fate(i):
+        if p["zone"][i] == 0: return "stays"
+        if p["lands"][i] * seconds < 0.5: return "vanishes: a constant"  # less than half a turn in the whole clip
+        return "folds, reversed" if p["zone"][i] % 2 else "folds"
     rows = "".join(f"<tr><td>{p['rate'][i]:.2f} Hz</td><td>{p['swing'][i]:.2f}</td><td>{p['lands'][i]:.2f} Hz</td>"
-                   f"<td>{p['left'][i]:.2f}</td><td>{zone(p['zone'][i])}</td></tr>" for i in range(len(p["rate"])))
+                   f"<td>{p['left'][i]:.2f}</td><td>{fate(i)}</td></tr>" for i in range(len(p["rate"])))
     rows = rows or "<tr><td colspan=5>nothing swings in this band</td></tr>"
     head = "<tr><th>sound</th><th>swing (nats)</th><th>tokens</th><th>swing</th><th></th></tr>"
     keeps = 16 * state["patch_frames"]

@@ -227,7 +227,7 @@ def spectrogram_scene(
     "The log-mel spectrogram with the chosen frequency patch and time patch framed."
     c, state, (step, _) = result["config"], result["state"], _times(result)
     mel, frames = result["logmel"].shape
-    end, top = frames / c.frame_rate, float(result["logmel"].max())
+    end, top = frames / c.frame_rate, max(float(result["logmel"].max()), float(np.log(c.log_floor)) + 12)  # silence is dark
     s = Scene(axis("time (s)", (0, end)), axis("frequency (Hz, mel scale)", (0, mel), ticks=mel_ticks(c)),
               "Log-mel spectrogram",
               height=200, group=group, aria="Log-mel spectrogram; framed: the chosen patches")

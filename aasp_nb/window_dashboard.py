@@ -431,8 +431,8 @@ def run_rates(self: WindowDashboard):
     state = dict(self.state)
     def then(rates):
         self.rates = {**rates, "of": {k: v for k, v in state.items() if k in RATE_FIELDS}}
-        self.plots["rate"].show(rate_scene(self.rates))
         self.filled = True
+        self.refresh()  # drops them where the settings have changed since the button was pressed
     self.heavy("chasing tones\u2026", lambda: success_rates(state), then)
 
 @patch
