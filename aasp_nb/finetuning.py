@@ -40,7 +40,7 @@ from .evaluation import fold_rows, hold_out, RULES, Selection, split_rows, sprea
 from .files import digest, write_json
 from .loop import cosine_warmup, fit, Guard, Learner, param_groups, pick_device, restore, step_generator, TrainingError
 from .patch_embed import init_linear
-from .pretraining import describe_data, prepare_data
+from .pretraining import cpu_threads, describe_data, prepare_data, threads_for
 from .runs import check_same, CheckpointError, environment, read_metrics, RunDir, RunError, write_tensors
 from .settings import ConfigError, option, refuse_unknown, require, Settings, Table
 
@@ -654,6 +654,7 @@ def finetune(
     cache: bool | str = "auto",  # decode once: see `prepare_data`
     max_broken: float = 0,  # unreadable clips tolerated in evaluation
     origin: dict | None = None,  # of the start, from `encoder_origin`; None: found where it is a path
+    threads: int | None = None,  # CPU threads (default: one for a narrow encoder on a CPU, else torch's)
     **kw,  # log_every, save_every, keep_last, max_minutes, progress: see `fit`
 ) -> dict:  # status, scores by rule and provenance; also in results.json
     "Fine-tune one seed on one split or fold; the same call with resume=\"auto\" goes on where it stopped."
@@ -673,7 +674,8 @@ def finetune(
         begin, seconds = restore(run, learner)
         loader = task_loader(task, begin, workers, pin_memory=device.type == "cuda")
         run.start_metrics(begin)
-        out = fit(learner, loader, run, c.steps, begin, max_steps, guard=Guard(run, floors={}), seconds=seconds, **kw)
+        with cpu_threads(threads or threads_for(encoder_config.embed_dim, device)):
+            out = fit(learner, loader, run, c.steps, begin, max_steps, guard=Guard(run, floors={}), seconds=seconds, **kw)
         return _results(run, learner, task, encoder_config, out | known, fold)
     except torch.OutOfMemoryError as e:
         raise RunError(f"out of memory on {device}: raise accumulation_steps (now {config.accumulation_steps})") from e

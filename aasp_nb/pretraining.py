@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'NARROW', 'Schedule', 'AaSPLearner', 'build_learner', 'as_config', 'prepare_data', 'describe_data',
-           'prepare_run', 'check_processes', 'seconds_per_step', 'fitting_precision', 'cpu_threads', 'pretrain',
-           'write_results']
+           'prepare_run', 'check_processes', 'seconds_per_step', 'fitting_precision', 'cpu_threads', 'threads_for',
+           'pretrain', 'write_results']
 
 # %% ../nbs/recipes/pretraining.ipynb #ced41716
 import contextlib, gc, hashlib, time
@@ -289,6 +289,14 @@ def cpu_threads(
     try: yield
     finally: torch.set_num_threads(before)
 
+def threads_for(
+    width: int,  # of the encoder
+    device: torch.device,  # where it runs
+    processes: int = 1,  # at the same time
+) -> int:  # CPU threads, all processes together
+    "One thread each for a narrow encoder on a CPU, whose threads would wait for each other; else torch's choice."
+    return processes if device.type == "cpu" and width <= NARROW else torch.get_num_threads()
+
 # %% ../nbs/recipes/pretraining.ipynb #a92fb3ae
 def pretrain(
     config,  # `AaSPConfig`, a preset's name ("tiny", "small", "base", "eat"), or a dictionary of fields
@@ -306,7 +314,7 @@ def pretrain(
     "Pre-train AaSP; the same call with resume=\"auto\" goes on where it stopped."
     config = fitting_precision(as_config(config), device)
     device = pick_device(device, config.precision)
-    if threads is None: threads = processes if device.type == "cpu" and config.embed_dim <= NARROW else torch.get_num_threads()
+    if threads is None: threads = threads_for(config.embed_dim, device, processes)
     check_processes(processes, device, config)
     run, kw = RunDir(run_dir, resume), dict(max_steps=max_steps, workers=workers, **kw)
     try:

@@ -15,8 +15,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import tempfile
 import time
 import warnings
 from collections import defaultdict
@@ -35,8 +33,9 @@ from .config import AaSPConfig, build_encoder, build_logmel, FrontEnd
 from .data import aasp_home, AudioDataset, BrokenClips, dataset_statistics, FileReader, Manifest, split_name, unused_rows
 from .encoders import encode_clips, encoder_origin, load_encoder, target_frames
 from .evaluation import bootstrap_interval, fold_rows, hold_out, RULES, Selection, split_rows, spread
-from .files import check_writable, digest, write_json
+from .files import check_writable, digest, replacing, write_json, write_text
 from .loop import pick_device
+from .pretraining import cpu_threads, threads_for
 from .runs import environment, RunError
 from .settings import option, refuse_unknown, Settings
 
@@ -237,11 +236,8 @@ def cached(
         except Exception as e: warnings.warn(f"{path} is damaged ({type(e).__name__}) and is computed again", stacklevel=2)
     check_writable(path.parent, "set AASP_HOME to a folder of yours, or pass cache=None", ProbeError)  # before the work
     features = np.ascontiguousarray(compute(), dtype=np.float32)
-    with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-        Path(tmp, "key.json").write_text(text)
-        save_file({"features": features}, Path(tmp, "features"))
-        os.replace(Path(tmp, "features"), path)
-        os.replace(Path(tmp, "key.json"), path.with_suffix(".json"))
+    with replacing(path) as part: save_file({"features": features}, part)
+    write_text(path.with_suffix(".json"), text)
     return features
 
 # %% ../nbs/recipes/13_probing.ipynb #ecf79c09
@@ -718,8 +714,9 @@ def model_features(
         clips = WholeClips(manifest, c.sample_rate, seconds, max_broken, FileReader(manifest, c.sample_rate, c.channel))
         if model.encoder is None: return extract_baseline(model.kind, c, clips, num_workers=workers, progress=progress)
         window = c.grid[1] if long == "windows" else None
-        return extract_features(model.encoder, c, clips, frames, norm, window, pooling, device=device,
-                                num_workers=workers, progress=progress)
+        with cpu_threads(threads_for(c.embed_dim, torch.device(device))):
+            return extract_features(model.encoder, c, clips, frames, norm, window, pooling, device=device, num_workers=workers,
+                                    progress=progress)
     key = dict(version=FEATURE_VERSION, kind=model.kind, weights=model.fingerprint, config=c.to_dict(),
                data=data_fingerprint(manifest), **settings)
     return cached(cache, key, compute), settings
