@@ -350,10 +350,10 @@ def load_state(self: Learner,
 # %% ../nbs/lab/loop.ipynb #4e8190b3
 class _Session:
     "What the loop keeps beside its learner: metrics, checkpoints, progress."
-    def __init__(self, learner, run, start, stop_at, guard, keep_last, progress, seconds, extra):
+    def __init__(self, learner, run, start, stop_at, guard, keep_last, progress, seconds, extra, on_log=None):
         check_space(run, learner, keep_last)
         self.learner, self.run, self.guard = learner, run, guard or Guard(run)
-        self.extra, self.before = extra or {}, seconds
+        self.extra, self.before, self.on_log = extra or {}, seconds, on_log
         self.saver, self.window, self.row, self.clips = Saver(run, keep_last), Window(), {}, 0
         self.bar = Progress(run, start, stop_at, progress if run.writes else "none")
         self.begin = self.read = time.monotonic()
@@ -375,6 +375,7 @@ class _Session:
         self.row = dict(step=step, **mean, clips_per_s=self.clips / max(now - self.read, 1e-9))
         self.clips, self.read = 0, now
         self.run.add_metrics(self.row)
+        if self.on_log and self.run.writes: self.on_log(step, dict(self.row))
         self.guard.check(step, self.row, bad, n)
 
     def keep(self, step):
@@ -411,10 +412,11 @@ def fit(
     progress: str = "auto",  # see `Progress`
     seconds: float = 0.0,  # trained before, in earlier sessions
     extra: dict = None,  # goes into each checkpoint's state
+    on_log=None,  # called with (step, row) for every row of metrics.csv, in the first process: for other loggers
 ) -> dict:  # status, reason, step, steps, seconds (of all sessions), bad_steps, alarms, last (metrics)
     "Train from `start` to `steps`; a signal, the time limit or an error in data or disk ends it at a step boundary."
     stop_at, step, batches = min(stop_at or steps, steps), start, iter(batches)
-    s = _Session(learner, run, start, stop_at, guard, keep_last, progress, seconds, extra)
+    s = _Session(learner, run, start, stop_at, guard, keep_last, progress, seconds, extra, on_log)
     try:
         with StopRequest() as stop:
             batch, error = _fetch(batches, step < stop_at)

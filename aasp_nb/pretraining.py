@@ -309,7 +309,7 @@ def pretrain(
     cache: bool | str = "auto",  # decode once: see `prepare_data`
     processes: int = 1,  # training processes; on GPUs one each
     threads: int = None,  # CPU threads, all processes together (default: one each for a narrow encoder on a CPU, else torch's)
-    **kw,  # log_every, save_every, keep_last, max_minutes, progress: see `fit`
+    **kw,  # log_every, save_every, keep_last, max_minutes, progress, on_log: see `fit`
 ) -> dict:  # status, losses, speed and provenance; also in results.json
     "Pre-train AaSP; the same call with resume=\"auto\" goes on where it stopped."
     config = fitting_precision(as_config(config), device)
