@@ -6,7 +6,7 @@
 __all__ = ['sync', 'replacing', 'check_writable', 'write_text', 'write_json', 'lock_file', 'file_sha256', 'digest']
 
 # %% ../nbs/lab/files.ipynb #8ba06118
-import contextlib, hashlib, json, math, os, tempfile
+import contextlib, glob, hashlib, json, math, os, tempfile
 from pathlib import Path
 
 # %% ../nbs/lab/files.ipynb #533e5898
@@ -20,6 +20,16 @@ def sync(
         if Path(path).is_file(): raise  # some systems do not flush folders
     finally: os.close(fd)
 
+def _left_behind(path):
+    "Remove what killed processes have left of a file."
+    if os.name != "posix": return
+    for part in path.parent.glob(f".{glob.escape(path.stem)}.*{glob.escape(path.suffix)}"):
+        pid = part.name[len(path.stem) + 2:len(part.name) - len(path.suffix) or None]
+        if not pid.isdecimal(): continue
+        try: os.kill(int(pid), 0)
+        except ProcessLookupError: part.unlink(missing_ok=True)
+        except (OSError, OverflowError): pass  # somebody else's
+
 @contextlib.contextmanager
 def replacing(
     path: str | Path,  # the file to write or to replace; its folder is made
@@ -28,6 +38,7 @@ def replacing(
     "What is written inside the block takes the file's name when the block ends, and is removed if it fails."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _left_behind(path)
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield part

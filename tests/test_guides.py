@@ -39,7 +39,7 @@ REDUCED = {
     "runs/pretrain.ipynb": dict(data="{clips}", depth=1, warmup_steps=1, device="cpu", cache="False", **TINY),
     "runs/reproduce.ipynb": dict(run=True, tables="VI,IV", max_cells=4, device="cpu", out="{out}"),
     "runs/stability.ipynb": dict(data="{clips}", models="logmel", seconds=0.3, kinds="cropped", table="{home}/table.csv"),
-    "runs/study.ipynb": dict(data="{clips}", arms="standard,aape", pretrain_seeds="0", preset="nano", overrides="{{}}", steps=2, probe_steps=5,
+    "runs/study.ipynb": dict(data="{clips}", arms="standard,aape", pretrain_seeds="0", preset="nano", overrides="", steps=2, probe_steps=5,
                              device="cpu", work="{out}"),
     "runs/tables.ipynb": dict(out="{out}"),
     "runs/train_demo_checkpoint.ipynb": dict(out="{out}", work="{home}", per_class=2, seconds=2.1, **TINY),
