@@ -19,7 +19,7 @@ def test_there_are_examples(): assert len(BLOCKS) == 4  # each has its test belo
 
 def test_a_newcomer_reads_about_five_hundred_words_before_the_first_table():
     before = README[:README.index("\n|")]
-    assert len(before.split()) <= 620 and "figures/figure3_architecture.png" in before  # code counts too
+    assert len(before.split()) <= 620 and "figures/figure1_overview.png" in before  # code counts too
     assert before.count("make demo") and before.count("```python") == 3 and "## Open this first" in before
 
 
