@@ -415,24 +415,27 @@ class WindowDashboard(Dashboard):
         spectrum, gradient = offset_scenes(result, self.group)
         for name, scene in dict(spectrum=spectrum, gradient=gradient, response=response_scene(result, self.group + "b"),
                                 race=race_scene(result)).items(): self.plots[name].show(scene)
-        current = {k: v for k, v in self.state.items() if k in RATE_FIELDS}
-        if self.rates is not None and self.rates["of"] != current: self.rates = None
-        if self.rates is not None or self.plots["rate"].frame == 0 or self.filled:
-            self.plots["rate"].show(rate_scene(self.rates))
-            self.filled = self.rates is not None
+        self.draw_rates()
         self.numbers.value, self.sentence.value = _table(result), f"<div class='aasp-note'>{verdict(result)}</div>"
 
 # %% ../nbs/exhibits/17a_window_dashboard.ipynb #6982c519
 RATE_FIELDS = set(FIELDS) - {"tone", "tone_phase", "offset", "gradient_scale"}  # what the success rates depend on
 
 @patch
+def draw_rates(self: WindowDashboard):
+    "Draw the success rates and nothing else; they go where the settings have changed since the button was pressed."
+    if self.rates is not None and any(self.rates["of"][k] != self.state[k] for k in RATE_FIELDS): self.rates = None
+    if self.rates is not None or self.plots["rate"].frame == 0 or self.filled:
+        self.plots["rate"].show(rate_scene(self.rates))
+        self.filled = self.rates is not None
+
+@patch
 def run_rates(self: WindowDashboard):
     "Compute the success rates in the background and draw them."
     state = dict(self.state)
     def then(rates):
-        self.rates = {**rates, "of": {k: v for k, v in state.items() if k in RATE_FIELDS}}
-        self.filled = True
-        self.refresh()  # drops them where the settings have changed since the button was pressed
+        self.rates, self.filled = {**rates, "of": {k: v for k, v in state.items() if k in RATE_FIELDS}}, True
+        self.draw_rates()
     self.heavy("chasing tones\u2026", lambda: success_rates(state), then)
 
 @patch
