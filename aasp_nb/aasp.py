@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from .masking import inverse_block_mask, sample_queries, visible_indices
-from .objectives import (contrastive_loss, contrastive_surrogate, logmel_targets, LOSS_SCALES, masked_prediction_loss,
-                                relative_spread, teacher_targets, token_spread, utterance_loss, visible_mean)
+from .objectives import (contrastive_loss, contrastive_surrogate, effective_rank, logmel_targets, LOSS_SCALES,
+                                masked_prediction_loss, relative_spread, sample_rows, teacher_targets, token_spread,
+                                utterance_loss, variance_shares, visible_mean)
 
 # %% ../nbs/method/08_aasp.ipynb #82702206
 def ema_momentum(
@@ -185,6 +186,7 @@ class AaSP(nn.Module):
             _, layers = self.teacher.forward_features(logmel, padding=padding, cls=c.teacher_cls,
                                                       return_layers=c.target_layer)
             self.teacher_std = relative_spread(layers[-1], None if pad is None else ~pad)  # for the log
+            self.teacher_clip_share = variance_shares(layers[-1], None if pad is None else ~pad)[0]
             targets = teacher_targets(layers, c.target_norm, pad)
             if c.cls_target_norm == c.target_norm: return targets, targets
             return targets, teacher_targets(layers, c.cls_target_norm, pad)
@@ -233,15 +235,33 @@ class AaSP(nn.Module):
         if self.teacher is not None: loss_cls = utterance_loss(views.cls, utterance, pad, c.loss_scale)
         loss_con = self.contrastive_term(views, contrastive)
         loss = loss_mask + loss_cls + c.contrastive_weight*loss_con
-        asked = None
-        if pad is not None:
-            asked = ~pad.gather(1, masks.queries.flatten(1)).view(masks.queries.shape) & views.valid[..., None]
         logs = dict(loss=loss, loss_mask=loss_mask, loss_cls=loss_cls, loss_con=loss_con,
-                    target_std=token_spread(targets, None if pad is None else ~pad),
-                    prediction_std=token_spread(prediction, asked),
                     padded_share=loss.new_zeros(()) if padding is None else padding.float().mean())
-        if self.teacher is not None: logs["teacher_std"] = self.teacher_std
+        logs |= self.measure(views, targets, prediction, masks, pad)
         return loss, {k: v.detach().float() for k, v in logs.items()}
+
+    def measure(self,
+        views:StudentViews,      # from `encode_views`
+        targets:torch.Tensor,    # [B, N, D]
+        prediction:torch.Tensor, # [B, M, Q, D]
+        masks:ViewMasks,         # the same masks
+        pad:torch.Tensor|None,   # bool [B, N], True where a patch is wholly padding
+    ) -> dict: # 0-d tensors: spreads and shares
+        "Whether the step's targets and predictions still differ, and in what; keeps rows of them for `ranks`."
+        keep = asked = None if pad is None else ~pad
+        if pad is not None: asked = keep.gather(1, masks.queries.flatten(1)).view(masks.queries.shape) & views.valid[..., None]
+        by_clip, by_place = variance_shares(targets, keep)
+        self.seen = dict(target=sample_rows(targets, keep), prediction=sample_rows(prediction, asked),
+                         token=sample_rows(views.tokens, None if views.ignore is None else ~views.ignore),
+                         cls=sample_rows(views.cls, views.valid))
+        logs = dict(target_std=token_spread(targets, keep), prediction_std=token_spread(prediction, asked),
+                    target_clip_share=by_clip, target_position_share=by_place)
+        if self.teacher is None: return logs
+        return logs | dict(teacher_std=self.teacher_std, teacher_clip_share=self.teacher_clip_share)
+
+    def ranks(self) -> dict: # name -> effective rank of the last step's targets, predictions, visible tokens and CLS
+        "Directions in use (RankMe), from at most 1,024 rows each; waits for the device, so ask when the log is read."
+        return {f"{k}_rank": effective_rank(v) for k, v in getattr(self, "seen", {}).items()}
 
     @torch.no_grad()
     def update_teacher(self,

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'param_groups', 'make_optimizer', 'cosine_warmup', 'step_generator', 'Picture', 'Progress',
-           'TrainingError', 'Window', 'Guard', 'cpu_has_bf16', 'pick_device', 'split_batch', 'Learner', 'fit',
+           'TrainingError', 'Window', 'Limit', 'Guard', 'cpu_has_bf16', 'pick_device', 'split_batch', 'Learner', 'fit',
            'check_space', 'restore']
 
 # %% ../nbs/lab/loop.ipynb #47ddd1e1
 import contextlib, json, math, os, platform, shutil, sys, time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,8 @@ class Progress:
         "What a line says."
         took = time.monotonic() - self.begin
         left = took / max(1, step - self.start) * (self.stop - step)
-        parts = [f"{k} {row[k]:.4g}" for k in ("loss", "lr", "momentum") if k in row]
+        shown = ("loss", "lr", "momentum", "target_rank", "student_knn", "student_ridge", "student_rank")
+        parts = [f"{k} {row[k]:.4g}" for k in shown if k in row]
         if "clips_per_s" in row: parts.append(f"{row['clips_per_s']:.0f} clips/s")
         return "  ".join([f"step {step}/{self.stop}", *parts, f"ETA {duration(left)}"])
 
@@ -177,19 +179,23 @@ class Window:
         return mean, report
 
 # %% ../nbs/lab/loop.ipynb #919c1d45
+@dataclass(frozen=True)
+class Limit:
+    "What a healthy run's series does not cross, and which field to change where it does."
+    series: str  # column of metrics.csv
+    low: float = -math.inf  # lowest healthy value
+    high: float = math.inf  # highest healthy value
+    after: int = 0  # step from which it counts
+    advice: str = ""  # "lower lr"
+
 class Guard:
-    "Counts skipped steps and watches the spread of targets and predictions."
+    "Counts skipped steps and watches series that tell whether a run learns."
     def __init__(self,
         run: RunDir,  # where reports go
         max_bad: int = 20,  # bad steps in a row, or a tenth of the run so far and this many, that stop the run
-        floors: dict = None,  # series -> lowest healthy value (default: see below)
-        after: int = 0,  # step from which the floors count (warm-up)
+        limits: tuple = (),  # of `Limit`
     ):
-        self.run, self.max_bad, self.after, self.total, self.in_a_row = run, max_bad, after, 0, 0
-        # data2vec 2.0's variance floors as deviations; teacher_std, before the norm, is chosen: healthy runs have 0.4 and
-        # more, collapsed ones below 0.1
-        self.floors = dict(target_std=0.1, prediction_std=0.01, teacher_std=0.2) if floors is None else floors
-        self.alarms = []
+        self.run, self.max_bad, self.limits, self.total, self.in_a_row, self.alarms = run, max_bad, limits, 0, 0, []
 
     def check(self,
         step: int,  # steps done
@@ -197,7 +203,7 @@ class Guard:
         bad: list,  # of (step, clip numbers), from `Window.flush`
         window: int,  # steps in the window
     ):
-        "Raise `TrainingError` after too many bad steps; warn, once each, when a spread falls below its floor."
+        "Raise `TrainingError` after too many bad steps; warn, once each, when a series crosses its limit."
         self.total += len(bad)
         self.in_a_row = self.in_a_row + len(bad) if len(bad) == window else len(bad)
         if bad: self._report(step, bad)
@@ -205,11 +211,14 @@ class Guard:
             raise TrainingError(f"{self.total} steps had a loss or gradient that is not finite, the last at step "
                                 f"{bad[-1][0]}: "
                                 f"see bad_steps.json in {self.run.path}; lower lr, or set precision to fp32")
-        for name, floor in self.floors.items():
-            if step >= self.after and row.get(name, math.inf) < floor and all(a["series"] != name for a in self.alarms):
-                self.alarms.append(dict(step=step, series=name, value=row[name], floor=floor))
-                self.run.log(f"COLLAPSE ALARM at step {step}: {name} is {row[name]:.3g}, below {floor}: lower lr, "
-                             "lengthen the warm-up, or raise ema_base", show=True)
+        for limit in self.limits: self._alarm(step, row.get(limit.series), limit)
+
+    def _alarm(self, step, value, limit):
+        if value is None or step < limit.after or limit.low <= value <= limit.high or math.isnan(value): return
+        if any(a["series"] == limit.series for a in self.alarms): return
+        self.alarms.append(dict(step=step, series=limit.series, value=value, low=limit.low, high=limit.high))
+        side = f"below {limit.low:g}" if value < limit.low else f"above {limit.high:g}"
+        self.run.log(f"COLLAPSE ALARM at step {step}: {limit.series} is {value:.3g}, {side}: {limit.advice}", show=True)
 
     def _report(self, step, bad):
         if not self.run.writes: return
@@ -283,6 +292,10 @@ class Learner:
         "What follows an optimizer step, e.g. a moving average; returns more logs."
         return {}
 
+    def instruments(self) -> dict:
+        "What is read from the last step where a row is written anyway: numbers; may wait for the device."
+        return {}
+
     def autocast(self):
         "The context in which the model runs."
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -350,10 +363,11 @@ def load_state(self: Learner,
 # %% ../nbs/lab/loop.ipynb #4e8190b3
 class _Session:
     "What the loop keeps beside its learner: metrics, checkpoints, progress."
-    def __init__(self, learner, run, start, stop_at, guard, keep_last, progress, seconds, extra, on_log=None):
+    def __init__(self, learner, run, start, stop_at, guard, keep_last, progress, seconds, extra, on_log=None, monitor=None):
         check_space(run, learner, keep_last)
         self.learner, self.run, self.guard = learner, run, guard or Guard(run)
-        self.extra, self.before, self.on_log = extra or {}, seconds, on_log
+        self.extra, self.before, self.on_log, self.start = extra or {}, seconds, on_log, start
+        self.monitor, self.watching = monitor, 0.0
         self.saver, self.window, self.row, self.clips = Saver(run, keep_last), Window(), {}, 0
         self.bar = Progress(run, start, stop_at, progress if run.writes else "none")
         self.begin = self.read = time.monotonic()
@@ -366,14 +380,26 @@ class _Session:
         self.window.add(step, self.learner.step(batch, step), batch.get("index"))
         self.clips += len(next(iter(batch.values()))) * world_size()
 
-    def look(self, step):
+    def watch(self, step, before, last):
+        "What the monitor says, where its interval has passed since the row before or training ends here."
+        if self.monitor is None or not last and step // self.monitor.every == before // self.monitor.every: return {}
+        begin = time.monotonic()
+        seen = self.monitor(self.learner.model)
+        self.watching += time.monotonic() - begin
+        self.read += time.monotonic() - begin  # no training time
+        return seen
+
+    def look(self, step, last=False):
         "Read the window's means, write them, and let the guard look at them."
         self.run.check()
+        before = self.row.get("step", self.start)
         n, (mean, bad) = len(self.window.rows), self.window.flush()
         if bad: bad = _of_all(gathered(bad))  # every process has skipped the same steps
         now = time.monotonic()
         self.row = dict(step=step, **mean, clips_per_s=self.clips / max(now - self.read, 1e-9))
         self.clips, self.read = 0, now
+        if self.run.writes: self.row |= self.learner.instruments()
+        self.row |= self.watch(step, before, last)
         self.run.add_metrics(self.row)
         if self.on_log and self.run.writes: self.on_log(step, dict(self.row))
         self.guard.check(step, self.row, bad, n)
@@ -413,10 +439,11 @@ def fit(
     seconds: float = 0.0,  # trained before, in earlier sessions
     extra: dict = None,  # goes into each checkpoint's state
     on_log=None,  # called with (step, row) for every row of metrics.csv, in the first process: for other loggers
-) -> dict:  # status, reason, step, steps, seconds (of all sessions), bad_steps, alarms, last (metrics)
+    monitor=None,  # of the first process: called with the model every `monitor.every` steps and at the end, gives numbers
+) -> dict:  # status, reason, step, steps, seconds (of all sessions), bad_steps, alarms, last (metrics), monitor_share
     "Train from `start` to `steps`; a signal, the time limit or an error in data or disk ends it at a step boundary."
     stop_at, step, batches = min(stop_at or steps, steps), start, iter(batches)
-    s = _Session(learner, run, start, stop_at, guard, keep_last, progress, seconds, extra, on_log)
+    s = _Session(learner, run, start, stop_at, guard, keep_last, progress, seconds, extra, on_log, monitor)
     try:
         with StopRequest() as stop:
             batch, error = _fetch(batches, step < stop_at)
@@ -427,7 +454,7 @@ def fit(
                 late = "max_minutes" if time.monotonic() - s.begin > 60 * (max_minutes or math.inf) else None
                 reason = agree("error" if error else stop.reason or stop_wanted() or late)
                 end = step == stop_at or reason is not None
-                if step % log_every == 0 or end: s.look(step)
+                if step % log_every == 0 or end: s.look(step, step >= steps)
                 s.bar.update(step, s.row, last=end)
                 if step % save_every == 0 or end: s.keep(step)
                 s.saver.poll()
@@ -436,7 +463,8 @@ def fit(
     finally:
         if hasattr(batches, "close"): batches.close()
     return _tell(dict(status="finished" if step >= steps else "stopped", reason=reason, step=step, steps=steps,
-                      seconds=s.seconds, bad_steps=s.guard.total, alarms=s.guard.alarms, last=s.row))
+                      seconds=s.seconds, bad_steps=s.guard.total, alarms=s.guard.alarms, last=s.row,
+                      monitor_share=s.watching / max(s.seconds - s.before, 1e-9)))
 
 # %% ../nbs/lab/loop.ipynb #079cbf54
 def check_space(

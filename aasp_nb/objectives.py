@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LOSS_SCALES', 'normalize_layer', 'teacher_targets', 'logmel_targets', 'squared_error', 'masked_prediction_loss',
            'utterance_loss', 'visible_mean', 'ContrastiveHead', 'gather_with_gradient', 'contrastive_loss',
-           'cached_contrastive', 'contrastive_surrogate', 'token_spread', 'relative_spread']
+           'cached_contrastive', 'contrastive_surrogate', 'token_spread', 'relative_spread', 'sample_rows',
+           'effective_rank', 'variance_shares']
 
 # %% ../nbs/method/07_objectives.ipynb #d2b5441f
 import warnings
@@ -247,3 +248,42 @@ def relative_spread(
     w = torch.ones_like(x[:, :1]) if keep is None else keep.flatten().unsqueeze(-1).to(x.dtype)
     n = w.sum().clamp(min=1)
     return ((x-(x*w).sum(0)/n).square()*w).sum().sqrt()/(x.square()*w).sum().sqrt().clamp(min=1e-12)
+
+# %% ../nbs/method/07_objectives.ipynb #fa00d19f
+def sample_rows(
+    x:torch.Tensor,               # tokens [..., D]
+    keep:torch.Tensor|None=None,  # bool [...], False sets a token to zero, which changes no singular value
+    most:int=1024,                # rows
+) -> torch.Tensor: # [at most `most`, D] float32, no gradient, on the same device
+    "Evenly spread rows of many tokens, without waiting for the device."
+    x = x.detach().flatten(0, -2)
+    keep = None if keep is None else keep.flatten()
+    if len(x) > most:
+        rows = torch.linspace(0, len(x)-1, most, device=x.device, dtype=torch.float64).long()
+        x, keep = x[rows], None if keep is None else keep[rows]
+    return x.float() if keep is None else x.float()*keep.unsqueeze(-1)
+
+def effective_rank(
+    x:torch.Tensor, # rows [n, D]
+) -> float: # 1 to min(n, D); 0 where all rows are zero
+    "RankMe: exponential of the entropy of the normalised singular values; waits for the device."
+    x = x.detach().double()
+    gram = x.T@x if len(x) > x.shape[1] else x@x.T
+    s = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    p = s/s.sum().clamp(min=1e-300)
+    return float(torch.special.entr(p).sum().exp()) if float(s.sum()) else 0.
+
+# %% ../nbs/method/07_objectives.ipynb #436ac6e5
+def variance_shares(
+    x:torch.Tensor,               # tokens [B, N, D]
+    keep:torch.Tensor|None=None,  # bool [B, N], False leaves a token out
+) -> tuple: # two 0-d float32 in [0, 1]: of the clips' means, of the positions' means; no gradient
+    "Shares of the tokens' variance that are one vector per clip, and one vector per position."
+    x = x.detach().float()
+    w = torch.ones_like(x[..., :1]) if keep is None else keep.unsqueeze(-1).to(x.dtype)
+    x = (x-(x*w).sum((0, 1))/w.sum().clamp(min=1))*w
+    total = x.square().sum().clamp(min=1e-12)
+    def of_means(dim):
+        n = w.sum(dim)
+        return ((x.sum(dim)/n.clamp(min=1)).square()*n).sum()/total
+    return of_means(1), of_means(0)

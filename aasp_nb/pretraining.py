@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'NARROW', 'Schedule', 'AaSPLearner', 'build_learner', 'as_config', 'prepare_data', 'describe_data',
-           'prepare_run', 'check_processes', 'seconds_per_step', 'fitting_precision', 'cpu_threads', 'threads_for',
-           'pretrain', 'write_results']
+           'prepare_run', 'check_processes', 'limits', 'seconds_per_step', 'fitting_precision', 'cpu_threads',
+           'threads_for', 'pretrain', 'write_results']
 
 # %% ../nbs/recipes/pretraining.ipynb #ced41716
 import contextlib, gc, hashlib, time
@@ -22,8 +22,9 @@ from .config import AaSPConfig, build, build_logmel, build_masking, FrontEnd, PR
 from .data import AudioDataset, CachedReader, dataset_statistics, decode_once, describe, Manifest, train_loader
 from .encoders import save_encoder
 from .files import write_json
-from .loop import (cosine_warmup, cpu_has_bf16, fit, Guard, Learner, make_optimizer, pick_device, Picture, restore,
+from .loop import (cosine_warmup, cpu_has_bf16, fit, Guard, Learner, Limit, make_optimizer, pick_device, Picture, restore,
                           step_generator)
+from .monitor import Monitor
 from .objectives import cached_contrastive
 from .processes import from_first, gathered, rank, start_processes, stop_wanted, summed, world_size
 from .runs import check_same, environment, Onlooker, read_metrics, RunDir, RunError, step_folders, usable_cores, writing
@@ -82,6 +83,8 @@ class AaSPLearner(Learner):
         momentum = self.schedule.momentum_at(step)
         self.model.update_teacher(momentum)
         return dict(momentum=momentum)
+
+    def instruments(self): return self.model.ranks()
 
     @staticmethod
     def _masks(batch): return ViewMasks(batch["mask"], batch["visible"], batch["queries"])
@@ -211,9 +214,21 @@ def _out_of_memory(e: Exception) -> bool:
     "Is this the device or the machine out of memory?"
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
+# %% ../nbs/recipes/pretraining.ipynb #5e9424d5
+def limits(
+    config: AaSPConfig,  # of the run
+) -> tuple:  # of `Limit`
+    "The alarms of a pre-training run, with the fields to change."
+    warm, early = config.warmup_steps, max(1, config.warmup_steps // 2)
+    slower = "lower lr, lengthen the warm-up (warmup_steps), or raise ema_base"
+    return (Limit("target_std", low=0.1, after=warm, advice=slower), Limit("prediction_std", low=0.01, after=warm, advice=slower),
+            Limit("teacher_std", low=0.2, after=warm, advice=slower),
+            Limit("target_clip_share", high=0.5, after=early, advice="the targets are one vector per clip: set target_norm to "
+                  "channel, or raise contrastive_weight"))
+
 # %% ../nbs/recipes/pretraining.ipynb #9e9660ed
 def _train(run, config: AaSPConfig, dataset: AudioDataset, device: torch.device, max_steps=None, workers=None,
-           **kw) -> dict:
+           monitor=None, **kw) -> dict:
     "Train a run that is prepared, in this process, alone or as one of several; results in the first."
     try:
         learner = build_learner(config, device)
@@ -228,8 +243,10 @@ def _train(run, config: AaSPConfig, dataset: AudioDataset, device: torch.device,
         loader = train_loader(dataset, config.batch_size, config.seed, start, workers=workers,
                               pin_memory=device.type == "cuda", rank=rank(), world=world_size())
         run.start_metrics(start)
-        out = fit(learner, loader, run, config.steps, start, max_steps, guard=Guard(run, after=config.warmup_steps),
-                  seconds=seconds, extra={"config": config.to_dict()}, **kw)
+        if monitor: monitor = Monitor(config=config, **monitor, say=lambda text: run.log(text, show=True)) if run.writes else None
+        out = fit(learner, loader, run, config.steps, start, max_steps, guard=Guard(run, limits=limits(config)),
+                  seconds=seconds, extra={"config": config.to_dict()}, monitor=monitor, **kw)
+        if monitor: run.log(f"the monitor took {out['monitor_share']:.1%} of the time", show=True)
         return write_results(run, learner, dataset, config, out)
     except (MemoryError, RuntimeError) as e:
         if not _out_of_memory(e): raise
@@ -309,6 +326,9 @@ def pretrain(
     cache: bool | str = "auto",  # decode once: see `prepare_data`
     processes: int = 1,  # training processes; on GPUs one each
     threads: int = None,  # CPU threads, all processes together (default: one each for a narrow encoder on a CPU, else torch's)
+    monitor=None,  # folder, CSV or `Manifest` whose clips tell while training what the features are worth: see `Monitor`
+    monitor_every: int = 500,  # steps between two looks; it looks at the end too
+    monitor_clips: int = 300,  # clips it looks at
     **kw,  # log_every, save_every, keep_last, max_minutes, progress, on_log: see `fit`
 ) -> dict:  # status, losses, speed and provenance; also in results.json
     "Pre-train AaSP; the same call with resume=\"auto\" goes on where it stopped."
@@ -316,7 +336,8 @@ def pretrain(
     device = pick_device(device, config.precision)
     if threads is None: threads = threads_for(config.embed_dim, device, processes)
     check_processes(processes, device, config)
-    run, kw = RunDir(run_dir, resume), dict(max_steps=max_steps, workers=workers, **kw)
+    if monitor is not None: monitor = dict(data=monitor, every=monitor_every, clips=monitor_clips)
+    run, kw = RunDir(run_dir, resume), dict(max_steps=max_steps, workers=workers, monitor=monitor, **kw)
     try:
         dataset = prepare_data(config, data, cache)
         config = prepare_run(run, config, dataset, device)

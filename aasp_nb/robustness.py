@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torchaudio
 
-from .aliasbench import ridge_probe
+from .monitor import ridge_probe
 from .audio import AudioError, LogMel, standardize
 from .config import build_logmel
 from .data import FileReader, Manifest, ManifestError, split_name

@@ -824,9 +824,11 @@ def test_row_not_finite_loss(clips, tmp_path, monkeypatch):
 # --- the table -----------------------------------------------------------------------------------------------------------
 
 def test_row_collapse(tmp_path):
-    guard = loop.Guard(RunDir(tmp_path / "run"))
-    for step in (5, 10): guard.check(step, dict(teacher_std=0.05, target_std=0.99, prediction_std=0.5), [], 5)
-    assert [(a["series"], a["step"]) for a in guard.alarms] == [("teacher_std", 5)]
+    guard = loop.Guard(RunDir(tmp_path / "run"), limits=pretraining.limits(config()))
+    warm = config().warmup_steps
+    for step in (warm - 1, warm, warm + 1): guard.check(step, dict(teacher_std=0.05, target_std=0.99, prediction_std=0.5), [], 5)
+    assert [(a["series"], a["step"]) for a in guard.alarms] == [("teacher_std", warm)]
+    assert "raise ema_base" in (tmp_path / "run" / "log.txt").read_text()
     guard.run.close()
 
 
