@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .audio import zero_phase_highpass
-from .patch_embed import (AaPE, AdaptiveSBLU, as_logmel, count_parameters, extend_last, FixedParameters, gather_tokens,
-                                 hide_masked, init_linear, StandardPatchEmbed, valid_patches)
+from .audio import extend_frames, zero_phase_highpass
+from .patch_embed import (AaPE, AdaptiveSBLU, as_logmel, as_padding, count_parameters, FixedParameters, gather_tokens,
+                                 hide_masked, init_linear, StandardPatchEmbed)
 from .sblu import alpha_min, beta_bounds, sblu_gain
 
 # %% ../nbs/method/03a_arms.ipynb #136e052c
@@ -45,9 +45,9 @@ class StandardEqual(StandardPatchEmbed):
         self.mlp.apply(init_linear)
         nn.init.zeros_(self.mlp[-1].weight)
 
-    def forward(self, x, visible=None, valid=None):
+    def forward(self, x, visible=None, padding=None):
         "As `StandardPatchEmbed.forward`."
-        tokens = super().forward(x, visible, valid)
+        tokens = super().forward(x, visible, padding)
         return tokens + self.mlp(tokens)
 
 # %% ../nbs/method/03a_arms.ipynb #5301b6b9
@@ -76,19 +76,19 @@ class PatchArm(nn.Module):
     def forward(self,
         x: torch.Tensor, # [B, F, T] or [B, 1, F, T], standardised log-mel; T any multiple of P_t
         visible: torch.Tensor | None = None, # int64 [B, M, n], patches of each view; None: all patches
-        valid: torch.Tensor | None = None, # [B] counts of valid time patches or bool [B, N_t]; None: no padding
+        padding: torch.Tensor | None = None, # bool [B, N_t], True where a time patch is wholly padding; [B] counts before it
     ) -> torch.Tensor: # [B, N, D], or [B, M, n, D] for views; without positions
         x = as_logmel(x)
         grid = self.grid(x)
-        valid = valid_patches(valid, grid[1])
-        frames = torch.ones_like(x[:, 0], dtype=torch.bool) if valid is None else \
-            valid.repeat_interleave(self.patch_size[1], 1)
+        padding = as_padding(padding, grid[1])
+        hidden = torch.zeros_like(x[:, 0], dtype=torch.bool) if padding is None else \
+            padding.repeat_interleave(self.patch_size[1], 1)
         if visible is None or not self.mask_input:
-            tokens = self.tokens(x if valid is None else extend_last(x, frames), frames)
+            tokens = self.tokens(x if padding is None else extend_frames(x, hidden), ~hidden)
             return tokens if visible is None else gather_tokens(tokens, visible)
-        frames = frames.repeat_interleave(visible.shape[1], 0)
-        each = extend_last(hide_masked(x, visible, grid), frames)
-        tokens = gather_tokens(self.tokens(each, frames), visible.flatten(0, 1)[:, None])
+        hidden = hidden.repeat_interleave(visible.shape[1], 0)
+        each = extend_frames(hide_masked(x, visible, grid), hidden)
+        tokens = gather_tokens(self.tokens(each, ~hidden), visible.flatten(0, 1)[:, None])
         return tokens.view(*visible.shape, -1)
 
 # %% ../nbs/method/03a_arms.ipynb #7c237cef
@@ -254,12 +254,12 @@ class OtherParameters(AaPE):
         lo, hi = beta_bounds(self.bounds["patch_frames"], self.bounds["delta"])
         return low * max(1 / low, 1.0) ** a, lo + (hi - lo) * b
 
-    def prepare(self, x, visible, valid):
+    def prepare(self, x, visible, padding):
         "As in `AaPE`, with other decays and frequencies at the end."
-        *own, alpha, beta = super().prepare(x, visible, valid)
+        *own, alpha, beta = super().prepare(x, visible, padding)
         if self.source == "random": return *own, *self.random_rates(alpha)
         other = x.roll(1, 0) if len(x) > 1 else x.flip(-1)
-        *_, alpha, beta = super().prepare(other, visible, valid)
+        *_, alpha, beta = super().prepare(other, visible, padding)
         return *own, alpha, beta
 
 # %% ../nbs/method/03a_arms.ipynb #aa7b73c1

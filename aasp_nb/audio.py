@@ -526,11 +526,15 @@ def padding_mask(
 
 def extend_frames(
     logmel: torch.Tensor, # [B, F, T], T >= 1
-    frames: torch.Tensor, # [B] frames of each clip that are not padding; the first always counts
+    frames: torch.Tensor, # [B] frames of each clip before its padding, the first always counts; or bool [B, T], True: padding
 ) -> torch.Tensor: # [B, F, T]
     "Repeat the last frame of each clip's sound behind it, as the high-pass does at the end."
-    if frames.shape != logmel.shape[:1]: raise AudioError(f"frames must be [{len(logmel)}], got {tuple(frames.shape)}")
-    index = torch.arange(logmel.shape[-1], device=logmel.device).minimum(frames[:, None].clamp(min=1) - 1)
+    place = torch.arange(logmel.shape[-1], device=logmel.device)
+    if frames.dtype == torch.bool and frames.shape == logmel.shape[::2]: index = place.where(~frames, 0).cummax(-1).values
+    elif frames.dtype != torch.bool and frames.shape == logmel.shape[:1]: index = place.minimum(frames[:, None].clamp(min=1) - 1)
+    else:
+        raise AudioError(f"frames must be counts [{len(logmel)}] or bool [{len(logmel)}, {logmel.shape[-1]}], "
+                         f"got {frames.dtype} {tuple(frames.shape)}")
     return logmel.gather(-1, index[:, None].expand_as(logmel))
 
 # %% ../nbs/method/00_audio.ipynb #c9cf8412

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .patch_embed import (count_parameters, init_linear, keep_patches, key_mask, resize_positions, sincos_positions,
-                                 valid_patches)
+from .patch_embed import (as_padding, count_parameters, init_linear, key_mask, patch_padding, resize_positions,
+                                 sincos_positions)
 
 # %% ../nbs/method/04_encoder.ipynb #0f5183eb
 _all_ = ["resize_positions", "sincos_positions", "count_parameters"]
@@ -85,17 +85,17 @@ def embed(self: AudioViT,
     x: torch.Tensor, # [B, F, T] or [B, 1, F, T]
     visible: torch.Tensor | None = None, # int64 [B, M, n]; None: all patches
     padding: torch.Tensor | None = None, # bool [B, N_t]
-) -> tuple: # tokens with positions [V, n, D], V = B or B * M; bool [V, n] tokens that are not padding, or None
-    "Patch tokens with positions, one row per clip or view, and which of them may be attended to. Raises `ValueError`."
+) -> tuple: # tokens with positions [V, n, D], V = B or B * M; bool [V, n] True for padding, or None
+    "Patch tokens with positions, one row per clip or view, and which of them are padding. Raises `ValueError`."
     n_f, n_t = self.patch_embed.grid(x)
-    valid = None if padding is None else valid_patches(padding.logical_not(), n_t)
-    tokens = self.patch_embed(x, visible, valid)
+    padding = as_padding(padding, n_t)
+    tokens = self.patch_embed(x, visible, padding)
     if not getattr(self.patch_embed, "positions_in_tokens", False):
         place = self.patch_embed.positions((n_f, n_t))
         tokens = tokens + (place if visible is None else place[0][visible])
-    keep = keep_patches(valid, visible, n_f)
+    hidden = patch_padding(padding, n_f, visible)
     if visible is not None: tokens = tokens.flatten(0, 1)
-    return tokens, None if keep is None else keep.flatten(0, 1)
+    return tokens, None if hidden is None else hidden.view(tokens.shape[:2])
 
 # %% ../nbs/method/04_encoder.ipynb #8bafb09f
 @patch
@@ -109,11 +109,11 @@ def forward_features(self: AudioViT,
     "Encode all patches of each clip, or the visible patches of each view."
     if return_layers not in (None, "block", "ffn"):
         raise ValueError(f'return_layers must be None, "block" or "ffn", got {return_layers!r}')
-    tokens, keep = self.embed(x, visible, padding)
+    tokens, hidden = self.embed(x, visible, padding)
     if cls:
         tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], 1)
-        if keep is not None: keep = F.pad(keep, (1, 0), value=True)
-    mask, tokens, layers = key_mask(keep), self.norm_pre(tokens), []
+        if hidden is not None: hidden = F.pad(hidden, (1, 0), value=False)
+    mask, tokens, layers = key_mask(None if hidden is None else ~hidden), self.norm_pre(tokens), []
     views = (lambda t: t) if visible is None else (lambda t: t.unflatten(0, visible.shape[:2]))
     for block in self.blocks:
         tokens, ffn = block(tokens, mask)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .aasp import AaSP, asked_queries, ema_momentum, Masking, patch_padding, ViewMasks
+from .aasp import AaSP, asked_queries, ema_momentum, Masking, ViewMasks
 from .config import AaSPConfig, build, build_logmel, build_masking, FrontEnd, PRESETS
 from .data import AudioDataset, CachedReader, dataset_statistics, decode_once, describe, Manifest, train_loader
 from .encoders import save_encoder
@@ -26,6 +26,7 @@ from .loop import (cosine_warmup, cpu_has_bf16, fit, Guard, Learner, Limit, make
                           step_generator)
 from .monitor import Monitor
 from .objectives import cached_contrastive
+from .patch_embed import patch_padding
 from .processes import from_first, gathered, rank, start_processes, stop_wanted, summed, world_size
 from .runs import check_same, environment, Onlooker, read_metrics, RunDir, RunError, step_folders, usable_cores, writing
 
@@ -221,8 +222,12 @@ def limits(
     "The alarms of a pre-training run, with the fields to change."
     warm, early = config.warmup_steps, max(1, config.warmup_steps // 2)
     slower = "lower lr, lengthen the warm-up (warmup_steps), or raise ema_base"
+    place = "the targets say where a token is and little else: check the scale of the patch tokens beside the positions' (the " \
+            "initialisation of your patch_embed), or set target_norm to channel"
     return (Limit("target_std", low=0.1, after=warm, advice=slower), Limit("prediction_std", low=0.01, after=warm, advice=slower),
             Limit("teacher_std", low=0.2, after=warm, advice=slower),
+            Limit("target_rank", low=0.05 * config.embed_dim, after=early, advice="few directions are in use: " + slower),
+            Limit("target_position_share", high=0.7, after=early, advice=place),
             Limit("target_clip_share", high=0.5, after=early, advice="the targets are one vector per clip: set target_norm to "
                   "channel, or raise contrastive_weight"))
 

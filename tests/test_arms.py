@@ -42,7 +42,6 @@ def test_padding_does_not_reach_the_tokens_before_it(name):
     x, embed = torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0)), encoder(name).patch_embed.eval()
     louder = x.clone()
     louder[..., 64:] = 7.0
-    valid = torch.tensor([4, 4])
-    a, b = (embed(v, valid=valid).unflatten(1, (2, 6))[:, :, :4] for v in (x, louder))
+    a, b = (embed(v, padding=torch.tensor([4, 4])).unflatten(1, (2, 6))[:, :, :4] for v in (x, louder))
     torch.testing.assert_close(a, b)
     assert name == "standard_equal" or not torch.allclose(embed(x).unflatten(1, (2, 6))[:, :, :4], a, atol=1e-3)

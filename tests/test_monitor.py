@@ -1,7 +1,10 @@
 """The monitor in a run: rows at its interval and at the end, the same after a kill, the same with several processes."""
 import numpy as np
 import pytest
+import torch
 
+from aasp_nb import pretraining
+from aasp_nb.clips import write_clips
 from aasp_nb.config import AaSPConfig
 from aasp_nb.data import ManifestError
 from aasp_nb.pretraining import pretrain
@@ -58,3 +61,40 @@ def test_a_monitor_without_usable_clips_is_refused_before_the_first_step(clips, 
     assert not (tmp_path / "run" / "metrics.csv").exists()
     with pytest.raises(ManifestError, match="monitor_every"):
         pretrain(config(), clips, tmp_path / "other", monitor=clips, monitor_every=0, **CALL)
+
+
+# --- alarms ------------------------------------------------------------------------------------------------------------------------
+
+def positions_drown(model):
+    "The initialisation of the recipe that failed: patch tokens a twentieth as large, so that positions drown the content."
+    with torch.no_grad():
+        for p in model.student.patch_embed.fusion.proj.parameters(): p.mul_(0.05)
+        model.teacher.load_state_dict(model.student.state_dict())
+    return model
+
+
+def first_tenth(clips, folder, preset, monkeypatch, failed, steps, **kw):
+    real = pretraining.build
+    with monkeypatch.context() as m:
+        if failed: m.setattr(pretraining, "build", lambda c: positions_drown(real(c)))
+        norm = dict(target_norm="token", contrastive_weight=0.1) if failed else {}
+        c = AaSPConfig.preset(preset, steps=10 * steps, warmup_steps=steps, **kw, **norm)
+        return pretrain(c, clips, folder, max_steps=steps, **CALL)["alarms"]
+
+
+def test_the_recipe_that_failed_trips_an_alarm_in_its_first_tenth(clips, tmp_path, monkeypatch):
+    alarms = first_tenth(clips, tmp_path / "bad", "nano", monkeypatch, True, 20, batch_size=8)
+    assert "target_position_share" in [a["series"] for a in alarms] and max(a["step"] for a in alarms) <= 20
+    assert "set target_norm to channel" in (tmp_path / "bad" / "log.txt").read_text()
+
+
+def test_a_healthy_run_trips_none(clips, tmp_path, monkeypatch):
+    assert first_tenth(clips, tmp_path / "good", "nano", monkeypatch, False, 20, batch_size=8) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failed", [True, False])
+def test_the_same_of_tiny(tmp_path, monkeypatch, failed):
+    clips = write_clips(tmp_path / "clips", per_class=20, seed=0, seconds=2.0)
+    alarms = first_tenth(clips, tmp_path / "run", "tiny", monkeypatch, failed, 60, views=4, batch_size=16)
+    assert bool(alarms) == failed, alarms
