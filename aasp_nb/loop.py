@@ -404,6 +404,12 @@ class _Session:
         if self.on_log and self.run.writes: self.on_log(step, dict(self.row))
         self.guard.check(step, self.row, bad, n)
 
+    def told(self, step, steps, reason):
+        "What `fit` returns."
+        return dict(status="finished" if step >= steps else "stopped", reason=reason, step=step, steps=steps,
+                    seconds=self.seconds, bad_steps=self.guard.total, alarms=self.guard.alarms, last=self.row,
+                    monitor_share=self.watching / max(self.seconds - self.before, 1e-9))
+
     def keep(self, step):
         "Write a checkpoint in the background."
         if not self.run.writes: return
@@ -462,9 +468,7 @@ def fit(
             if reason == "error": raise error or PeerError("another process has ended the run")
     finally:
         if hasattr(batches, "close"): batches.close()
-    return _tell(dict(status="finished" if step >= steps else "stopped", reason=reason, step=step, steps=steps,
-                      seconds=s.seconds, bad_steps=s.guard.total, alarms=s.guard.alarms, last=s.row,
-                      monitor_share=s.watching / max(s.seconds - s.before, 1e-9)))
+    return _tell(s.told(step, steps, reason))
 
 # %% ../nbs/lab/loop.ipynb #079cbf54
 def check_space(
