@@ -99,6 +99,7 @@ class Objective:
     target_norm: str = "token"      # instance norm over width, or "channel": over tokens (EAT)
     cls_target_norm: str = "token"  # the same for the utterance-level target
     target_layer: str = "block"     # block output, or "ffn": before the residual (EAT)
+    target_layers: int|None = None  # the last so many layers are averaged; None: all (paper)
     teacher_cls: bool = False       # run the teacher with CLS and drop it from the targets (EAT)
     predictor_cls: bool = False     # CLS among the predictor's keys (CrossMAE has it)
     loss_scale: str = "sqrt_dim"    # squared error over sqrt(D), "mean": over D, "sum": as it is
@@ -147,10 +148,11 @@ class AaSP(nn.Module):
         padding:torch.Tensor|None=None, # bool [B, N_t], True: wholly padding; never the first patch
         contrastive:tuple|None=None,    # (value, gradient for z, scale), two-pass form; None: this batch
         share:torch.Tensor|None=None,   # weight of L_mask where a step has several parts; None: 1
+        heard:torch.Tensor|None=None,   # what the student hears instead, [B, F, T], as a mixture; None: the same as the teacher
     ) -> tuple: # loss, 0-d with gradient; dict of detached 0-d tensors
         "One step: L = L_mask + L_cls + w L_con (equation 6)."
         masks = masks.to(logmel.device)
-        views = self.encode_views(logmel, masks, padding)
+        views = self.encode_views(logmel if heard is None else heard, masks, padding)
         return self.finish(views, logmel, masks, padding, contrastive, share)
 
     def encode_views(self,
@@ -180,6 +182,7 @@ class AaSP(nn.Module):
                                                       return_layers=c.target_layer)
             self.teacher_std = relative_spread(layers[-1], None if pad is None else ~pad)  # for the log
             self.teacher_clip_share = variance_shares(layers[-1], None if pad is None else ~pad)[0]
+            layers = layers[-c.target_layers:] if c.target_layers else layers
             targets = teacher_targets(layers, c.target_norm, pad)
             if c.cls_target_norm == c.target_norm: return targets, targets
             return targets, teacher_targets(layers, c.cls_target_norm, pad)

@@ -6,7 +6,7 @@
 __all__ = ['PATCH_EMBEDS', 'ENCODERS', 'PREDICTORS', 'PRESETS', 'AudioFields', 'ModelFields', 'KernelFields', 'MaskFields',
            'ObjectiveFields', 'OptimizerFields', 'register_patch_embed', 'register_encoder', 'register_predictor',
            'find_part', 'AaSPConfig', 'build_logmel', 'FrontEnd', 'build_patch_embed', 'build_encoder',
-           'build_predictor', 'build_masking', 'draw_masks', 'build']
+           'build_predictor', 'build_augment', 'build_masking', 'draw_masks', 'build']
 
 # %% ../nbs/recipes/config.ipynb #72d5e4d4
 import difflib, importlib, inspect, math
@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .aasp import AaSP, Masking, Objective, ViewMasks
+from .augment import Augment
 from .audio import AudioError, check_channel, extend_frames, LogMel, pad_or_trim, padding_mask, standardize, valid_frames
 from .encoder import AudioViT
 from .masking import num_visible
@@ -46,6 +47,9 @@ class AudioFields:
     n_frames: int | None = option(608, "text", "frames T of a crop after padding; None: computed from crop_seconds")
     frame_padding: Literal["edge", "floor"] = option("edge", "chosen", "behind a clip: its last frame again, or silence")
     fill_crops: bool = option(False, "chosen", "fill a crop from several short clips of one source, with short fades")
+    mix_ratio: float = option(0.0, "chosen", "largest share of another clip in what the student hears (BYOL-A: 0.4)")
+    gain_db: float = option(0.0, "chosen", "largest random change of a crop's level, dB, either way")
+    resize_range: tuple[float, float] = option((1.0, 1.0), "chosen", "random resize crop, sizes (BYOL-A: 0.6 to 1.5); moves rates")
 
 # %% ../nbs/recipes/config.ipynb #79b1010c
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class ObjectiveFields:
     cls_target_norm: Literal["token", "channel"] = option("token", "text", "the same for the utterance-level target")
     target_layer: Literal["block", "ffn"] = option("block", "chosen",
                                                    "block output or, as EAT, FFN output before the residual")
+    target_layers: int | None = option(None, "text", "teacher layers that are averaged, the last so many; None: all")
     teacher_cls: bool = option(False, "text", "run the teacher with CLS and drop it from the targets (EAT)")
     loss_scale: Literal["sqrt_dim", "mean", "sum"] = option("sqrt_dim", "chosen", "squared error over sqrt(D), D or 1")
     contrastive_weight: float = option(0.1, "text", "w of equation 6 (Table V's default); 0 turns the term off")
@@ -214,6 +219,10 @@ def _check_audio(c):
         (0 <= c.f_min < c.f_max, f"f_min {c.f_min} must lie in [0, f_max {c.f_max})"),
         (c.f_max <= c.sample_rate/2, f"f_max {c.f_max} is above half of sample_rate {c.sample_rate}: lower f_max"),
         (c.log_floor > 0, f"log_floor is a power and must be positive, got {c.log_floor}"),
+        (0 <= c.mix_ratio < 1, f"mix_ratio must lie in [0, 1), got {c.mix_ratio}"),
+        (0 <= c.gain_db <= 60, f"gain_db must lie in [0, 60], got {c.gain_db}"),
+        (0.1 <= c.resize_range[0] <= c.resize_range[1] <= 4,
+         f"resize_range needs 0.1 <= smallest <= largest <= 4, got {c.resize_range}"),
         (c.norm_std > 0, f"norm_std must be positive, got {c.norm_std}: measure it on your training set"),
         (c.n_mels % f == 0, f"n_mels {c.n_mels} is not a multiple of the patch height {f}: change either"),
         (c.n_frames % t == 0, f"n_frames {c.n_frames} is not a multiple of the patch width {t}: "
@@ -261,6 +270,8 @@ def _check_objective(c):
         (c.contrastive_weight >= 0, f"contrastive_weight must not be negative, got {c.contrastive_weight}"),
         (c.contrastive_weight == 0 or c.views >= 2,
          "the contrastive loss needs at least two views per clip: set views >= 2 or contrastive_weight = 0"),
+        (c.target_layers is None or 1 <= c.target_layers <= c.depth,
+         f"target_layers must lie in 1 to depth {c.depth}, or be None for all, got {c.target_layers}"),
         (c.temperature > 0, f"temperature must be positive, got {c.temperature}"),
         (0 <= c.ema_base <= c.ema_end <= 1, f"the teacher's momentum needs 0 <= ema_base <= ema_end <= 1, "
                                             f"got {c.ema_base} and {c.ema_end}"),
@@ -463,6 +474,12 @@ def build_predictor(
 # %% ../nbs/recipes/config.ipynb #2ad792cf
 def _part(kind, config): # a dataclass of plain values, filled from the fields of the same names
     return kind(**{f.name: getattr(config, f.name) for f in fields(kind)})
+
+def build_augment(
+    config:AaSPConfig, # mix_ratio, gain_db, resize_range, norm_mean and norm_std
+) -> Augment: # false where nothing is changed
+    "How a configuration changes crops."
+    return _part(Augment, config)
 
 def build_masking(
     config:AaSPConfig, # its masking fields are used

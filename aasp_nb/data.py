@@ -831,8 +831,10 @@ class AudioDataset(Dataset):
         max_broken: float = None,  # share or number of broken clips allowed (default 0.05 in training, else 0)
         reader=None,  # where samples come from (default `FileReader`); e.g. `decode_once(manifest)`
         channel: int | str = "mean",  # of several channels, for the default reader: "mean", a number, or "loudest"
+        chances: int = 0,  # random numbers in [0, 1) that each training crop brings along, for augmentation
+        partner: bool = False,  # each training crop brings a crop of another clip along
     ):
-        self.manifest = Manifest.open(manifest)
+        self.manifest, self.chances, self.partner = Manifest.open(manifest), chances, partner
         if seconds <= 0: raise ValueError(f"seconds must be positive, got {seconds}")
         if not len(self.manifest): raise ManifestError("the manifest has no clips")
         self.sr, self.count, self.train, self.seed = sr, round(seconds * sr), train, seed
@@ -909,7 +911,25 @@ def _item(self: AudioDataset, index: int, epoch: int, pieces: list, bad: list) -
     out = dict(wave=torch.nn.functional.pad(wave, (0, self.count - len(wave))), valid_samples=len(wave), index=index,
                epoch=epoch, broken=bad)
     if self.labels is not None: out["label"] = torch.as_tensor(self.labels[index])
+    if self.train and (self.chances or self.partner): out |= self._company(index, epoch)
     return out
+
+# %% ../nbs/lab/09_data.ipynb #990c0a70
+@patch
+def _company(self: AudioDataset, index: int, epoch: int) -> dict:  # chance [chances]; partner [S], partner_samples
+    "What a crop brings along: its own random numbers, and a crop of another clip that can be read."
+    rng = np.random.Generator(np.random.Philox(key=[self.seed, 0xA06], counter=[0, 0, epoch, index]))
+    out = dict(chance=torch.from_numpy(rng.random(self.chances)).float()) if self.chances else {}
+    if not self.partner: return out
+    pieces = [torch.zeros(0)]  # silence where nothing else can be read
+    for _ in range(8):
+        other = int(rng.integers(len(self)))
+        if other == index: continue
+        try: pieces, _ = self._pieces(other, rng)
+        except AudioError: continue  # counted when it is a clip of its own
+        break
+    wave = join_clips(pieces, self.count)
+    return out | dict(partner=torch.nn.functional.pad(wave, (0, self.count - len(wave))), partner_samples=len(wave))
 
 # %% ../nbs/lab/09_data.ipynb #7ddd4a9e
 def epoch_order(

@@ -18,7 +18,8 @@ import torch
 from fastcore.basics import patch
 
 from .aasp import AaSP, asked_queries, ema_momentum, Masking, ViewMasks
-from .config import AaSPConfig, build, build_logmel, build_masking, FrontEnd, PRESETS
+from .augment import Augment, CHANCES
+from .config import AaSPConfig, build, build_augment, build_logmel, build_masking, FrontEnd, PRESETS
 from .data import AudioDataset, CachedReader, dataset_statistics, decode_once, describe, Manifest, train_loader
 from .encoders import save_encoder
 from .files import write_json
@@ -58,27 +59,30 @@ class AaSPLearner(Learner):
         schedule: Schedule,  # optimizer, learning rate, momentum
         front: FrontEnd,  # waveforms to standardised log-mel
         masking: Masking,  # how views are drawn
+        augment: Augment | None = None,  # how crops are changed; None: not at all
         **kw,  # precision, seed, micro_batch: see `Learner`
     ):
         s = schedule
         super().__init__(model, make_optimizer(model, s.lr, s.weight_decay, s.betas), s.lr_at, s.grad_clip or None, **kw)
-        self.schedule, self.front, self.masking = s, front.to(self.device), masking
+        self.schedule, self.front, self.masking, self.augment = s, front.to(self.device), masking, augment or Augment()
 
     def prepare(self, batch, step):
         "Log-mel, padding and masks on the device; a clip's masks depend on its place in the whole batch alone."
         n, world = len(batch["wave"]), world_size()
         wave = batch["wave"].to(self.device, non_blocking=True)
         x = self.front(wave, batch["valid_samples"])
+        x, heard = self._changed(x, batch) if self.augment else (x, x)
         masks = self.masking.draw(n * world, self.model.grid(x),
                                   step_generator(self.seed, step)).rows(slice(rank(), None, world))
         pad, weight = self._padding(masks, self.front.padding(batch["valid_samples"]), self.model.grid(x), n)
         more = {k: v.to(self.device, non_blocking=True) for k, v in dict(padding=pad, weight=weight).items()
-                if v is not None}
+                if v is not None} | (dict(heard=heard) if heard is not x else {})
         return dict(logmel=x, **vars(masks.to(self.device)), **more)
 
     def loss(self, batch, generator):
         share = batch["weight"].mean() if "weight" in batch else None
-        return self.parallel(batch["logmel"], self._masks(batch), batch.get("padding"), batch.get("contrastive"), share)
+        return self.parallel(batch["logmel"], self._masks(batch), batch.get("padding"), batch.get("contrastive"), share,
+                             batch.get("heard"))
 
     def after_step(self, step):
         momentum = self.schedule.momentum_at(step)
@@ -86,6 +90,13 @@ class AaSPLearner(Learner):
         return dict(momentum=momentum)
 
     def instruments(self): return self.model.ranks()
+
+    def _changed(self, x, batch):
+        "The batch as teacher and student hear it."
+        to = lambda k: batch[k].to(self.device, non_blocking=True)
+        partner = self.front(to("partner"), batch["partner_samples"]) if self.augment.mix_ratio else None
+        padded = batch["valid_samples"] < batch["wave"].shape[-1]
+        return self.augment(x, to("chance"), partner, padded.to(self.device, non_blocking=True))
 
     @staticmethod
     def _masks(batch): return ViewMasks(batch["mask"], batch["visible"], batch["queries"])
@@ -113,7 +124,8 @@ def backward(self: AaSPLearner,
         for k, part in enumerate(parts):
             step_generator(self.seed, step, rank(), k)  # the same drop path as in the second pass
             with torch.no_grad(), self.autocast():
-                seen.append(self.model.encode_views(part["logmel"], self._masks(part), part.get("padding")))
+                heard = part.get("heard", part["logmel"])
+                seen.append(self.model.encode_views(heard, self._masks(part), part.get("padding")))
         value, grad = cached_contrastive(torch.cat([v.z for v in seen]), c.temperature,
                                          torch.cat([v.valid for v in seen]))
         rows = grad.split([len(v.z) for v in seen])
@@ -128,8 +140,9 @@ def build_learner(
     "The learner of a configuration, as `pretrain` trains it."
     torch.manual_seed(config.seed)
     schedule = Schedule(**{f.name: getattr(config, f.name) for f in fields(Schedule)})
-    return AaSPLearner(build(config).to(device), schedule, FrontEnd(config), build_masking(config), precision=config.precision,
-                       seed=config.seed, micro_batch=config.batch_size // (config.accumulation_steps * world_size()))
+    return AaSPLearner(build(config).to(device), schedule, FrontEnd(config), build_masking(config), build_augment(config),
+                       precision=config.precision, seed=config.seed,
+                       micro_batch=config.batch_size // (config.accumulation_steps * world_size()))
 
 # %% ../nbs/recipes/pretraining.ipynb #28b9d9bc
 def as_config(
@@ -149,14 +162,19 @@ def prepare_data(
     cache: bool | str = "auto",  # decode once? "auto": if they stay under 4 GiB and 20 minutes each
 ) -> AudioDataset:  # training crops
     "The training set of a run."
-    if isinstance(data, AudioDataset): return data
+    wants = dict(chances=CHANCES if build_augment(config) else 0, partner=config.mix_ratio > 0)
+    if isinstance(data, AudioDataset):
+        if data.chances < wants["chances"] or wants["partner"] and not data.partner:
+            raise RunError("mix_ratio, gain_db and resize_range need more of an AudioDataset of your own: make it with "
+                           + ", ".join(f"{k}={v}" for k, v in wants.items()))
+        return data
     manifest, reader = Manifest.open(data), None
     if cache == "auto":
         told = describe(manifest, config.sample_rate, 200)
         cache = told["hours"] * 7200 * config.sample_rate < 2**32 and told["longest_seconds"] < 1200
     if cache: reader = decode_once(manifest, config.sample_rate, workers=usable_cores(), channel=config.channel)
     return AudioDataset(manifest, config.crop_samples / config.sample_rate, config.sample_rate, seed=config.seed,
-                        fill_crops=config.fill_crops, reader=reader, channel=config.channel)
+                        fill_crops=config.fill_crops, reader=reader, channel=config.channel, **wants)
 
 # %% ../nbs/recipes/pretraining.ipynb #9964f99e
 def describe_data(dataset: AudioDataset) -> dict:

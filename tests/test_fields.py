@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aasp_nb.config import AaSPConfig
-from aasp_nb.data import Manifest
+from aasp_nb.data import collate, Manifest
 from aasp_nb.pretraining import build_learner, prepare_data
 
 SMALL = dict(embed_dim=32, depth=2, num_heads=2, sblu_hidden=4, sblu_dim=8, lambda_dim=16, lambda_heads=2, views=3, predictor_dim=32,
@@ -17,7 +17,8 @@ CHANGES = dict(  # field -> (another value, fields that both have)
     sample_rate=(8000, dict(f_max=4000.0, n_fft=512, win_length=200, hop_length=80)), channel=(1, {}), n_fft=(2048, {}),
     win_length=(320, {}), hop_length=(200, dict(n_frames=None)), n_mels=(64, {}), f_min=(50.0, {}), f_max=(7000.0, {}),
     log_floor=(1e-6, {}), norm_mean=(-5.0, {}), norm_std=(4.0, {}), crop_seconds=(1.2, {}), n_frames=(96, {}),
-    frame_padding=("floor", {}), fill_crops=(True, {}), patch_embed=("standard", {}),
+    frame_padding=("floor", {}), fill_crops=(True, {}), mix_ratio=(0.4, {}), gain_db=(6.0, {}),
+    resize_range=((0.6, 1.5), {}), patch_embed=("standard", {}),
     encoder=("tests.test_fields:other_encoder", {}), part_args=({"gain": 2.0}, dict(patch_embed="tests.test_fields:Louder")),
     adaptive=(False, {}), patch_size=((16, 8), {}), embed_dim=(64, {}), depth=(3, {}), num_heads=(4, {}), mlp_ratio=(2.0, {}),
     block_norm=("post", {}), drop_path=(0.5, {}), sblu_hidden=(8, {}), sblu_dim=(16, {}), lambda_dim=(32, {}),
@@ -26,7 +27,7 @@ CHANGES = dict(  # field -> (another value, fields that both have)
     backend=("torch", {}), mask_ratio=(0.7, {}), views=(4, {}), block_sizes=(((1, 1),), {}), block_placement=("center", {}),
     predictor=("cnn", dict(cnn_groups=4)), predictor_dim=(64, {}), predictor_depth=(2, {}), predictor_heads=(4, {}),
     predictor_cls=(True, {}), cnn_depth=(2, CNN), cnn_groups=(8, CNN), query_ratio=(0.5, {}), target=("logmel", {}),
-    target_norm=("token", {}), cls_target_norm=("channel", {}), target_layer=("ffn", {}), teacher_cls=(True, {}),
+    target_norm=("token", {}), cls_target_norm=("channel", {}), target_layer=("ffn", {}), target_layers=(1, {}), teacher_cls=(True, {}),
     loss_scale=("mean", {}), contrastive_weight=(0.5, {}), contrastive_dim=(16, {}), temperature=(0.3, {}),
     contrastive_scope=("micro", dict(accumulation_steps=2)), ema_base=(0.5, {}), ema_end=(0.999, {}), ema_steps=(7, {}),
     ema_schedule=("linear", {}), batch_size=(8, {}), accumulation_steps=(2, {}), steps=(30, {}), warmup_steps=(8, {}),
@@ -81,7 +82,7 @@ def _observed(config, clips) -> dict:
     learner = build_learner(config)
     dataset = prepare_data(config, clips, cache=False)
     items = [dataset[(i, 0)] for i in range(config.batch_size if config.batch_size <= len(clips) else 4)]
-    batch = dict(wave=torch.stack([x["wave"] for x in items]), valid_samples=torch.tensor([x["valid_samples"] for x in items]))
+    batch = {k: v for k, v in collate(items).items() if k not in ("index", "epoch", "broken")}
     groups = [(g["weight_decay"], g["betas"], len(g["params"])) for g in learner.optimizer.param_groups]
     rates = [(learner.lr_at(s), learner.schedule.momentum_at(s)) for s in (0, 3, 9, 19)]
     out = dict(weights=learner.model.state_dict(), batch=learner.prepare(batch, 3), optimizer=groups, rates=rates,

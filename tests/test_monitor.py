@@ -14,7 +14,7 @@ CALL = dict(device="cpu", cache=False, workers=0, log_every=2, progress="none", 
 SEEN = ("student_knn", "student_ridge", "student_rank", "teacher_knn", "teacher_ridge", "teacher_rank")
 
 
-def config(**kw): return AaSPConfig.preset("nano", **{**dict(batch_size=4, steps=11, warmup_steps=2), **kw})
+def config(**kw): return AaSPConfig.preset("nano", **{**dict(batch_size=4, steps=11, warmup_steps=2, mix_ratio=0.4, gain_db=3.0), **kw})
 
 
 @pytest.fixture(scope="module")
