@@ -31,7 +31,7 @@ from .audio import AudioError, modulation_frequencies, padding_mask
 from .benchmarks import append_results, manifest_digest, score
 from .config import AaSPConfig, build_encoder, build_logmel, FrontEnd
 from .data import aasp_home, AudioDataset, BrokenClips, dataset_statistics, FileReader, Manifest, split_name, unused_rows
-from .encoders import encode_clips, encoder_origin, load_encoder, target_frames
+from .encoders import as_layers, encode_clips, encoder_origin, load_encoder, readout_parts, target_frames
 from .evaluation import bootstrap_interval, fold_rows, hold_out, RULES, Selection, split_rows, spread
 from .files import check_writable, digest, replacing, write_json, write_text
 from .loop import pick_device
@@ -116,11 +116,12 @@ def extract_features(
     norm: tuple | None = None,  # (mean, std) of the log-mel; None: the configuration's
     window: int | None = None,  # time patches of a window for longer clips; None: positions are interpolated (paper)
     pooling: str = "cls_mean",  # see `pool_tokens`
+    layers=None,  # see `layer_tokens`
     batch_size: int = 32,  # clips per forward pass; does not change the result
     device: str | torch.device = "cpu",  # where to compute
     num_workers: int = 0,  # decoding processes
     progress=None,  # called with (clips done, clips)
-) -> np.ndarray:  # [N, 2 D] or [N, N_f D] float32, row i belongs to dataset[i]
+) -> np.ndarray:  # [N, D of the read-out] float32, row i belongs to dataset[i]
     "Pooled tokens of every clip, in the data set's order (paper, section IV-B)."
     mean, std = norm or (config.norm_mean, config.norm_std)
     front, was_training = FrontEnd(config.replace(norm_mean=mean, norm_std=std)).to(device), encoder.training
@@ -130,7 +131,7 @@ def extract_features(
         for index, waves, valid in _baskets(dataset, _clip_samples(config, frames), batch_size, num_workers):
             x = front(waves.to(device), valid, 1 + waves.shape[-1] // config.hop_length)
             padding = padding_mask(valid, x.shape[-1], config.hop_length, config.patch_size[1]).to(device)
-            h = encode_clips(encoder, x, padding, window, pooling).float().cpu().numpy()
+            h = encode_clips(encoder, x, padding, window, pooling, layers).float().cpu().numpy()
             if out is None: out = np.full((len(dataset), h.shape[1]), np.nan, np.float32)
             out[index], done = h, done + len(index)
             if progress: progress(done, len(dataset))
@@ -694,6 +695,7 @@ def model_features(
     max_seconds: float = 30.0,  # of a clip, where its own length is used
     long: str = "interpolate",  # clips longer than pre-training's crops: "interpolate" positions (paper) or "windows"
     pooling: str = "cls_mean",  # see `pool_tokens`; baselines have their own
+    layers=None,  # see `layer_tokens`; baselines have none
     progress=None,  # called with (clips done, clips)
 ) -> tuple:  # features [N, D], and the settings they were made with
     "Features of a manifest's clips, from the cache if they are there."
@@ -709,13 +711,14 @@ def model_features(
         norm = input_statistics(manifest, c, min(seconds, 10.0), cache) if measured else (c.norm_mean, c.norm_std)
         whose = "dataset" if measured else "checkpoint"
         settings.update(long=long, normalization=whose, norm=[round(v, 4) for v in norm])
-        if pooling != "cls_mean": settings["pooling"] = pooling
+        settings |= {k: v for k, v in dict(pooling="+".join(readout_parts(pooling)), layers=as_layers(layers)).items()
+                     if v not in (None, "cls+mean")}
     def compute():
         clips = WholeClips(manifest, c.sample_rate, seconds, max_broken, FileReader(manifest, c.sample_rate, c.channel))
         if model.encoder is None: return extract_baseline(model.kind, c, clips, num_workers=workers, progress=progress)
         window = c.grid[1] if long == "windows" else None
         with cpu_threads(threads_for(c.embed_dim, torch.device(device))):
-            return extract_features(model.encoder, c, clips, frames, norm, window, pooling, device=device, num_workers=workers,
+            return extract_features(model.encoder, c, clips, frames, norm, window, pooling, layers, device=device, num_workers=workers,
                                     progress=progress)
     key = dict(version=FEATURE_VERSION, kind=model.kind, weights=model.fingerprint, config=c.to_dict(),
                data=data_fingerprint(manifest), **settings)

@@ -104,11 +104,14 @@ def test_features_are_cached_by_weights_data_and_settings(tmp_path):
     again, _ = model_features(model, m, normalization="checkpoint", cache=cache)
     assert count() == 1 and np.array_equal(first, again)
     others = (dict(model=open_model("untrained", seed=1, depth=1)), dict(manifest=m.take(range(5))), dict(frames=48),
-              dict(long="windows"), dict(pooling="frequency"))
+              dict(long="windows"), dict(pooling="frequency"), dict(pooling="small"), dict(layers=(1,)))
     for k, change in enumerate(others):
         model_features(**{**dict(model=model, manifest=m, normalization="checkpoint", cache=cache), **change})
         assert count() == 2 + k, change
     assert model_features(model, m, pooling="frequency", cache=cache)[0].shape == (len(m), 8 * 192)
+    x, settings = model_features(model, m, pooling="small", layers="1", cache=None)
+    assert x.shape == (len(m), 2 * 8 * 192) and (settings["pooling"], settings["layers"]) == ("frequency+std", 1)
+    assert not {"pooling", "layers"} & set(model_features(model, m, pooling="paper", cache=None)[1])  # the protocol's own is not a choice
 
 
 def test_folds_and_split_agree_on_what_is_tested(tmp_path):
