@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEEDLESS', 'READOUT', 'READOUTS', 'FRAMES', 'LONG', 'save_encoder', 'load_encoder', 'encoder_origin', 'target_frames',
            'readout_parts', 'pool_tokens', 'as_layers', 'layer_tokens', 'window_starts', 'mean_of_windows',
-           'encode_clips', 'AaSPEncoder', 'as_wave', 'Embedding']
+           'encode_clips', 'AaSPEncoder', 'ReadWave', 'as_wave', 'Embedding']
 
 # %% ../nbs/recipes/encoders.ipynb #8bff6c9c
 import json, math
@@ -299,6 +299,19 @@ def save_pretrained(self: AaSPEncoder,
     return save_encoder(self.encoder, self.config, folder)
 
 # %% ../nbs/recipes/encoders.ipynb #84a5548d
+class ReadWave:
+    "A clip that is read where it is looked at: `len(w)` samples, `w[a:b]` a part of them, for files of hours."
+    def __init__(self,
+        reader,  # `FileReader` or alike, at the model's rate
+        i: int,  # clip
+    ): self.reader, self.i, self.count = reader, i, reader.samples(i)
+
+    def __len__(self): return self.count
+
+    def __getitem__(self, part: slice) -> torch.Tensor:  # [at most b - a] float32
+        start, stop, _ = part.indices(self.count)
+        return self.reader.read(self.i, start, max(0, stop - start))
+
 def as_wave(
     audio,  # float array or tensor [S], full scale +-1, or the path of a file
     sr: int | None,  # its sample rate, Hz; None only for a file
@@ -399,7 +412,8 @@ def embed(self: AaSPEncoder,
     if several and not isinstance(audio, (list, tuple)) and audio.shape[1] <= 32 < audio.shape[0]:
         raise AudioError(f"a batch is [B, S], got {tuple(audio.shape)}, one clip of {audio.shape[1]} channels: "
                          "average them first, audio.mean(1); pass very short clips as a list")
-    waves = [as_wave(a, sr, self.sample_rate, self.config.channel) for a in (audio if several else [audio])]
+    waves = [a if isinstance(a, ReadWave) else as_wave(a, sr, self.sample_rate, self.config.channel)
+             for a in (audio if several else [audio])]
     size = self.config.grid[1] if window_seconds is None else max(1, round(window_seconds / self.hop_seconds))
     out = self._pooled(waves, size if long == "windows" else None, frames, batch_size, scene, layers)
     out = [p.result(self.hop_seconds) for p in out]
