@@ -39,8 +39,7 @@ def open_encoder(
         warnings.warn("no checkpoint was named: using the small one trained on generated clips, an illustration",
                       stacklevel=3)
         path = DEMO
-    path = Path(path).expanduser()
-    return kind.from_pretrained(path.parent if path.name == "model.safetensors" else path)
+    return kind.from_pretrained(Path(path).parent if Path(path).name == "model.safetensors" else path)
 
 # %% ../nbs/doors/19_doors.ipynb #a518bed8
 class HearModel(AaSPEncoder):

@@ -10,7 +10,6 @@ import csv, json, shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from .audio import AudioError
 from .benchmarks import manifest_digest
@@ -102,8 +101,9 @@ def embed_files(
     model = checkpoint if isinstance(checkpoint, AaSPEncoder) else AaSPEncoder.from_pretrained(checkpoint)
     model.to(device)
     weights = digest({k: str(v.double().sum().item()) for k, v in model.encoder.state_dict().items()}, 64)
-    asked = json.loads(json.dumps(dict(weights=weights, config=model.config.to_dict(), data=manifest_digest(manifest), frames=frames,
-                                       pooling=None if frames else "+".join(readout_parts(pooling)), layers=as_layers(layers), block=block)))
+    asked = dict(weights=weights, config=model.config.to_dict(), data=manifest_digest(manifest), frames=frames, block=block,
+                 pooling=None if frames else "+".join(readout_parts(pooling)), layers=as_layers(layers))
+    asked = json.loads(json.dumps(asked))  # as it is read again
     about, work = out.with_name(out.name + ".json"), out.with_name("." + out.name + ".parts")
     if out.exists(): return _already(out, about, asked, say)
     if work.exists() and _told(work / "asked.json") != asked: shutil.rmtree(work)  # blocks of another question

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 
 from .aasp import AaSP, asked_queries, ema_momentum, Masking, ViewMasks
 from .augment import Augment, CHANCES
+from .checkpoints import data_sources, write_card
 from .config import AaSPConfig, build, build_augment, build_logmel, build_masking, FrontEnd, PRESETS
 from .data import AudioDataset, CachedReader, dataset_statistics, decode_once, describe, Manifest, train_loader
 from .encoders import save_encoder
@@ -191,11 +192,11 @@ def prepare_run(
     device: torch.device,  # where
 ) -> AaSPConfig:  # with measured statistics
     "Write a new run's records, or check that a resumed one agrees with them."
-    data = describe_data(dataset)
+    data = describe_data(dataset) | dict(sources=data_sources(dataset.manifest))
     if run.resumed:
         have = run.read_json("config.json")
         check_same(run, "configuration", have, config.to_dict(), MEASURED if config.norm_measure else ())
-        check_same(run, "data set", run.read_json("data.json"), data, ("root", "norm_measured"))
+        check_same(run, "data set", run.read_json("data.json"), data, ("root", "norm_measured", "sources"))
         return AaSPConfig.from_dict(have)
     measured = config.norm_measure
     if measured:
@@ -395,7 +396,9 @@ def write_results(
         contrastive_scope=config.contrastive_scope, accumulation_steps=config.accumulation_steps,
         data=describe_data(dataset), broken_clips={dataset.manifest.columns["path"][i]: t for i, t in broken.items()},
         environment=environment(learner.device), finished=datetime.now().isoformat(timespec="seconds"))
-    with writing(run.path): write_json(run.path / "results.json", results)
+    with writing(run.path):
+        write_json(run.path / "results.json", results)
+        write_card(run.path, run.path / "encoder")
     return results
 
 # %% ../nbs/recipes/pretraining.ipynb #2f067459

@@ -635,7 +635,7 @@ def open_model(
             encoder = build_encoder(config).eval()
         return ProbeModel(f"untrained {preset} ({config.patch_embed})", "untrained", config, encoder, "0 steps",
                           encoder_origin(None, config, "untrained"))
-    encoder, config = load_encoder(Path(name).expanduser(), which)
+    encoder, config = load_encoder(name, which)
     origin = encoder_origin(name, config, which)
     done = "?" if origin["steps_done"] is None else origin["steps_done"]
     scale = f"{config.preset_name}, {done} of {config.steps} steps"
