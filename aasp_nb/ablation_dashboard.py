@@ -15,11 +15,11 @@ from pathlib import Path
 import ipywidgets as W
 import numpy as np
 import aasp_nb
-from fastcore.basics import patch
 from scipy.special import stdtrit
 from .ablations import (choices_of, chosen, compare, FILTERS, load_results, PAPER_TABLES, PAPER_TASKS, ResultsError,
                                SETTING, unit_of)
 from .dashboards import axis, check_state, Dashboard, Field, PALETTE, Plot, Scene, StateError
+from .patching import patch
 
 # %% ../nbs/exhibits/17c_ablation_dashboard.ipynb #c4e837ca
 EXAMPLE_RESULTS = Path(aasp_nb.__file__).parent / "assets" / "example_results.csv"

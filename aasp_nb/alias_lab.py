@@ -16,7 +16,8 @@ from functools import lru_cache
 import ipywidgets as W
 import numpy as np
 import torch
-from fastcore.basics import patch
+
+from .patching import patch
 
 # %% ../nbs/exhibits/17d_alias_lab.ipynb #073185eb
 from .audio import LogMel

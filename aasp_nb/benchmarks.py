@@ -31,10 +31,10 @@ from pathlib import Path
 import numpy as np
 import pooch
 import requests
-from fastcore.basics import patch
 from .audio import audio_info, AudioError
 from .data import aasp_home, ahead, AUDIO_SUFFIXES, inside, Manifest, ManifestError, room, split_name
 from .files import digest, lock_file, replacing, write_json
+from .patching import patch
 from .runs import git_revision
 from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, precision_recall_fscore_support
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-from fastcore.basics import patch
 from torch import nn
 
 from .aasp import AaSP, Masking, Objective, ViewMasks
@@ -24,6 +23,7 @@ from .encoder import AudioViT
 from .masking import num_visible
 from .objectives import ContrastiveHead
 from .patch_embed import AaPE, StandardPatchEmbed
+from .patching import patch
 from .predictor import CNNPredictor, CrossAttentionPredictor
 from .settings import ConfigError, Fields, option, refuse_unknown, require, Settings
 

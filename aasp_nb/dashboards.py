@@ -28,7 +28,8 @@ import ipywidgets as W
 import numpy as np
 import soundfile
 import traitlets as T
-from fastcore.basics import patch
+
+from .patching import patch
 
 # %% ../nbs/exhibits/17_dashboards.ipynb #7dffa0aa
 PALETTE = dict(black="#222222", orange="#E69F00", sky="#56B4E9", green="#009E73", yellow="#F0E442", blue="#0072B2",

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from .audio import audio_info, AudioError, check_channel, load_audio, valid_frames
 from .files import check_writable
+from .patching import patch
 
 # %% ../nbs/lab/09_data.ipynb #d48e2593
 def aasp_home(

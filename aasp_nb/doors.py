@@ -16,8 +16,9 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import nn
+
+from .patching import patch
 
 # %% ../nbs/doors/19_doors.ipynb #e471d208
 import aasp_nb

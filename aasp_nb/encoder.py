@@ -8,11 +8,11 @@ __all__ = ['Block', 'AudioViT', 'resize_positions', 'sincos_positions', 'count_p
 # %% ../nbs/method/04_encoder.ipynb #4c905f21
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import nn
 
 from .patch_embed import (as_padding, count_parameters, init_linear, key_mask, patch_padding, resize_positions,
                                  sincos_positions)
+from .patching import patch
 
 # %% ../nbs/method/04_encoder.ipynb #0f5183eb
 _all_ = ["resize_positions", "sincos_positions", "count_parameters"]

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -24,6 +23,7 @@ import aasp_nb
 from .audio import AudioError, load_audio, resample, valid_frames
 from .config import AaSPConfig, build_encoder, FrontEnd
 from .files import file_sha256, write_json
+from .patching import patch
 from .runs import CheckpointError, latest_checkpoint, load_checkpoint, write_tensors
 
 # %% ../nbs/recipes/encoders.ipynb #25489af1
@@ -213,12 +213,13 @@ def layer_tokens(
     "Tokens of some blocks, each through the encoder's last norm. Raises `ValueError`."
     layers = as_layers(layers)
     if layers is None: return encoder.forward_features(x, padding=padding)
-    depth, seen = len(encoder.blocks), []
+    blocks, seen = list(encoder.blocks), []  # type: ignore[arg-type]
+    depth = len(blocks)
     wanted = range(depth - layers + 1, depth + 1) if isinstance(layers, int) else layers
     if not len(wanted) or not all(1 <= n <= depth for n in wanted):
         raise ValueError(f"layers must be 1 to {depth} last blocks, or numbers of blocks from 1 to {depth}, got {layers!r}")
     keep = lambda _, __, out: seen.append(encoder.norm(out[0] if isinstance(out, tuple) else out))
-    hooks = [encoder.blocks[n - 1].register_forward_hook(keep) for n in sorted(set(wanted))]
+    hooks = [blocks[n - 1].register_forward_hook(keep) for n in sorted(set(wanted))]
     try: encoder.forward_features(x, padding=padding)
     finally:
         for h in hooks: h.remove()

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio
-from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.utils import ModelEmaV3
@@ -40,6 +39,7 @@ from .evaluation import fold_rows, hold_out, RULES, Selection, split_rows, sprea
 from .files import digest, write_json
 from .loop import cosine_warmup, fit, Guard, Learner, param_groups, pick_device, restore, step_generator, TrainingError
 from .patch_embed import init_linear
+from .patching import patch
 from .pretraining import cpu_threads, describe_data, prepare_data, threads_for
 from .runs import check_same, CheckpointError, environment, read_metrics, RunDir, RunError, write_tensors
 from .settings import ConfigError, option, refuse_unknown, require, Settings, Table

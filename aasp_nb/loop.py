@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import nn
 
 from .files import write_json
+from .patching import patch
 from .processes import (agree, averaged, data_parallel, from_first, gathered, PeerError, rank, stop_wanted, StopRequest,
                                world_size)
 from .runs import (CheckpointError, duration, latest_checkpoint, load_checkpoint, load_optimizer, optimizer_tensors,

@@ -10,13 +10,13 @@ import warnings
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import nn
 
 from .config import AaSPConfig, FrontEnd
 from .data import AudioDataset, Manifest, ManifestError
 from .encoders import encode_clips
 from .objectives import effective_rank
+from .patching import patch
 
 # %% ../nbs/recipes/monitor.ipynb #0223cdb6
 PENALTIES = tuple(10.0 ** k for k in range(-4, 5)) # times the number of training clips

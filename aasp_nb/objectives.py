@@ -278,12 +278,14 @@ def variance_shares(
     x:torch.Tensor,               # tokens [B, N, D]
     keep:torch.Tensor|None=None,  # bool [B, N], False leaves a token out
 ) -> tuple: # two 0-d float32 in [0, 1]: of the clips' means, of the positions' means; no gradient
-    "Shares of the tokens' variance that are one vector per clip, and one vector per position."
+    "Shares of the tokens' variance that are one vector per clip, and one vector per position, beyond chance."
     x = x.detach().float()
     w = torch.ones_like(x[..., :1]) if keep is None else keep.unsqueeze(-1).to(x.dtype)
     x = (x-(x*w).sum((0, 1))/w.sum().clamp(min=1))*w
     total = x.square().sum().clamp(min=1e-12)
     def of_means(dim):
         n = w.sum(dim)
-        return ((x.sum(dim)/n.clamp(min=1)).square()*n).sum()/total
+        chance = ((n > 0).sum()-1).clamp(min=0)/(w.sum()-1).clamp(min=1)
+        share = ((x.sum(dim)/n.clamp(min=1)).square()*n).sum()/total
+        return ((share-chance)/(1-chance).clamp(min=1e-6)).clamp(0, 1)
     return of_means(1), of_means(0)

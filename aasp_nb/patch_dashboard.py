@@ -19,9 +19,10 @@ import ipywidgets as W
 import numpy as np
 import soundfile
 import torch
-from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from .patching import patch
 
 # %% ../nbs/exhibits/17b_patch_dashboard.ipynb #47829b43
 import aasp_nb

@@ -12,10 +12,10 @@ __all__ = ['sincos_axis', 'sincos_positions', 'resize_positions', 'patch_grid', 
 # %% ../nbs/method/03_patch_embed.ipynb #321de818
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import nn
 
 from .audio import extend_frames, zero_phase_highpass
+from .patching import patch
 from .sblu import bound_parameters, check_kernel_size, initial_raw_decay, initial_raw_freq
 
 # %% ../nbs/method/03_patch_embed.ipynb #9ea137d5

@@ -8,8 +8,9 @@ __all__ = ['CrossAttention', 'CrossAttentionBlock', 'CrossAttentionPredictor', '
 # %% ../nbs/method/06_predictor.ipynb #1a032f25
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import nn
+
+from .patching import patch
 
 # %% ../nbs/method/06_predictor.ipynb #d6e94964
 from .patch_embed import init_linear, sincos_positions

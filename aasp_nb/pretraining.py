@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 
 from .aasp import AaSP, asked_queries, ema_momentum, Masking, ViewMasks
 from .augment import Augment, CHANCES
@@ -29,6 +28,7 @@ from .loop import (cosine_warmup, cpu_has_bf16, fit, Guard, Learner, Limit, make
 from .monitor import Monitor
 from .objectives import cached_contrastive
 from .patch_embed import patch_padding
+from .patching import patch
 from .processes import from_first, gathered, rank, start_processes, stop_wanted, summed, world_size
 from .runs import check_same, environment, Onlooker, read_metrics, RunDir, RunError, step_folders, usable_cores, writing
 

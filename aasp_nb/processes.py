@@ -17,10 +17,10 @@ from threading import Thread
 
 import torch
 import torch.distributed as dist
-from fastcore.basics import patch
 from torch import nn
 
 from .files import replacing
+from .patching import patch
 
 # %% ../nbs/lab/09b_processes.ipynb #8ca21e67
 class StopRequest:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .files import file_sha256, lock_file, replacing, sync, write_json
+from .patching import patch
 
 # %% ../nbs/lab/runs.ipynb #bc2d3b1b
 def git_revision() -> str:  # 40 hexadecimal digits, "+changes" behind them where files differ; None outside a checkout

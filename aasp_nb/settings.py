@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from fastcore.basics import patch
+from .patching import patch
 
 # %% ../nbs/lab/settings.ipynb #240c81df
 class ConfigError(ValueError):

@@ -15,8 +15,8 @@ from functools import lru_cache
 import ipywidgets as W
 import numpy as np
 import torch
-from fastcore.basics import patch
 from .dashboards import axis, Dashboard, Field, PALETTE, Plot, Scene, StateError
+from .patching import patch
 from .windows import make_window, rad_to_hz
 
 # %% ../nbs/exhibits/17a_window_dashboard.ipynb #34a95042
