@@ -19,6 +19,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 NOISE = (  # console errors that are not ours: (pattern, why it is harmless)
     (r"favicon\.ico", "the server has no icon for this path"),
     (r"ResizeObserver loop", "Chromium's notice that a layout took two passes"),
+    (r"removeChild[\s\S]*jlab_core", "JupyterLab takes its splash screen away twice when a theme follows another"),
 )
 
 
@@ -139,7 +140,7 @@ class Voila(Server):
     name = "voila"
 
     def command(self):
-        from aasp_nb.dashboards import voila_command
+        from aasp_nb.pages import voila_command
         command, env = voila_command(self.root, self.home / "share", self.port, self.token)
         self.env["JUPYTER_PATH"] = env["JUPYTER_PATH"]
         return command
@@ -199,7 +200,7 @@ class Page:
         self.page = context.pages[0] if context.pages else context.new_page()
         self.page.set_default_timeout(90_000)
         self.page.on("console", lambda m: self.complain(m.text, m.location) if m.type == "error" else None)
-        self.page.on("pageerror", lambda e: self.complain(str(e), {}))
+        self.page.on("pageerror", lambda e: self.complain(f"{e} {(e.stack or '')[:600]}", {}))
         home = re.compile(rf"^(https?|wss?)://127\.0\.0\.1:{server.port}/")
         def guard(route):
             if home.match(route.request.url): return route.continue_()

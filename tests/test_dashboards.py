@@ -287,6 +287,40 @@ def test_widths_themes_and_presets(server, name):
         assert page.errors == [] and page.external == []
 
 
+@pytest.mark.slow
+def test_one_page_for_all(tmp_path):
+    "`aasp dashboards` answers before Voila does, asks nobody outside, opens a dashboard by itself and ends with its server."
+    if (reason := browser.missing(voila=True)): pytest.skip(f"SKIPPED: {reason}")
+    import os, signal, urllib.request
+    from playwright.sync_api import sync_playwright
+    port, asked = browser.free_port(), []
+    run = subprocess.Popen([sys.executable, "-m", "aasp_nb.cli", "dashboards", "--port", str(port)], stdout=subprocess.PIPE,
+                           stderr=(tmp_path / "log").open("w"), text=True, env={**os.environ, "HOME": str(tmp_path)})
+    try:
+        assert run.stdout.readline().strip() == f"http://127.0.0.1:{port}"
+        with sync_playwright() as p, p.chromium.launch(executable_path=browser.chromium(), args=browser.FLAGS) as chrome:
+            page = chrome.new_page()
+            page.on("request", lambda r: asked.append(r.url))
+            page.set_default_timeout(120_000)
+            for _ in range(300):  # the line is printed a moment before the port is open
+                try: page.goto(f"http://127.0.0.1:{port}/"); break
+                except Exception: page.wait_for_timeout(100)
+            assert page.locator("a.card img").count() == 4
+            assert page.locator("a.card img").evaluate_all("all => all.every(i => i.complete && i.naturalWidth > 300)")
+            page.locator("a.card").first.click()
+            page.wait_for_selector(".aasp-dash canvas[data-frame]")  # through the page that waits, and web sockets
+            assert not page.locator(".aasp-run").is_visible(), "a page needs no advice about cells"
+            page.goto(f"http://127.0.0.1:{port}/voila/tree")
+            assert page.locator("a.card").count() == 4 and "Choose one" in page.locator("main").inner_text()
+        assert [u for u in asked if not u.startswith((f"http://127.0.0.1:{port}", "data:", "blob:"))] == []
+        run.send_signal(signal.SIGTERM)
+        run.wait(30)
+        with pytest.raises(OSError): urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5)
+    finally:
+        if run.poll() is None: run.kill()
+        run.wait()
+
+
 @pytest.mark.parametrize("name", HANDLES)
 def test_parameters_are_the_fields(name):
     "The cell tagged `parameters` declares every field with its default."
