@@ -249,7 +249,7 @@ class Page:
     def upload(self, path):
         "Hands a file to the dashboard's upload button."
         with self.page.expect_file_chooser() as chooser:
-            self.page.locator("button.jupyter-widget-upload, button.widget-upload").first.click()
+            self.page.locator("button.aasp-upload").first.click()
         chooser.value.set_files(str(path))
 
     def hide_chrome(self):
