@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TONE', 'FRAMES', 'RATE', 'CHANNELS', 'LAWS', 'FIELDS', 'PRESETS', 'CONFIG', 'LABELS', 'lab_sound', 'strongest',
-           'fold_band', 'sblu_view', 'delay_residuals', 'compute_lab', 'spectrogram_scene', 'shown_tokens',
+           'below', 'fold_band', 'sblu_view', 'delay_residuals', 'compute_lab', 'spectrogram_scene', 'shown_tokens',
            'envelope_scene', 'fold_arrow', 'before_scene', 'after_scene', 'sblu_scene', 'residual_scene', 'lab_table',
            'lab_sounds', 'AliasLab', 'alias_picture']
 
@@ -22,8 +22,9 @@ from .patching import patch
 # %% ../nbs/exhibits/17d_alias_lab.ipynb #073185eb
 from .audio import LogMel
 from .config import AaSPConfig
-from .dashboards import axis, check_state, Dashboard, Field, Latest, PALETTE, Plot, Scene, Sound, StateError
-from .patch_dashboard import mel_ticks, open_clip, patch_sound, SOUNDS
+from .dashboards import (arranged, axis, check_state, Dashboard, Field, heading, Latest, PALETTE, PHASES, Plot, row, Scene, Sound,
+                                StateError)
+from .patch_dashboard import AUDIO, check_sound, mel_ticks, open_clip, patch_sound, SOUNDS
 from .stability import (aliased_share, am_tone, folding_map, interpolate, modulation_spectrum, patch_sequence,
                                patch_weights, ripple, sblu_scan, shift_errors, sonify, weight_response, zero_phase_lowpass)
 from .windows import patch_nyquist
@@ -36,7 +37,7 @@ LAWS = {"one line": "exp", "linear": "linear"}
 # %% ../nbs/exhibits/17d_alias_lab.ipynb #50cc336a
 FIELDS = dict(
     sound=Field(TONE, "sound", choices=(TONE, *SOUNDS)),
-    rate=Field(5.0, "modulation rate", 0.25, 50.0, 0.05, unit="Hz", help="of the modulated tone"),
+    rate=Field(5.0, "modulation rate", 0.25, 50.0, 0.125, unit="Hz", help="of the modulated tone"),
     depth=Field(0.6, "modulation depth", 0.0, 0.95, 0.05, help="of the modulated tone; 0: steady"),
     law=Field("one line", "swing", choices=tuple(LAWS),
               help="one line: a single rate in the log spectrogram; linear: 1 + m cos, whose logarithm has harmonics"),
@@ -55,7 +56,7 @@ FIELDS = dict(
 # %% ../nbs/exhibits/17d_alias_lab.ipynb #9d3255e2
 PRESETS = {"A tremolo of 5 Hz": dict(), "Slow enough: 2 Hz": dict(rate=2.0), "Vanishes: 6.25 Hz": dict(rate=6.25),
            "Averaging leaks: 9 Hz": dict(rate=9.0, channel="average"),
-           "Slow, deep, linear: harmonics fold": dict(rate=1.4, depth=0.95, law="linear"),
+           "Slow, deep, linear: harmonics fold": dict(rate=1.5, depth=0.95, law="linear"),
            "Twice the tokens: hop 8": dict(hop=8), "A real channel: random weights": dict(channel="random weights"),
            "Fast clicks": dict(sound="clicks_fast"), "Voice": dict(sound="voice", clip_index=2),
            "White noise": dict(sound="white noise")}
@@ -65,32 +66,29 @@ _LOGMEL = LogMel()
 CONFIG = AaSPConfig.preset("base")  # mel axis and frame rate
 
 @lru_cache(maxsize=8)
-def _heard(sound, index, path, rate, depth, law, carrier):
-    "Waveform [S] and log-mel [F, T] of a sound by name."
-    seconds = FRAMES / RATE
+def _heard(sound, index, path, data, rate, depth, law, carrier):
+    "Waveform [S] and log-mel [F, T] of a sound by name, and for a file a sentence about it."
+    seconds, said = FRAMES / RATE, ""
     if sound == TONE: wave = am_tone(rate, depth, carrier, seconds, CONFIG.sample_rate, LAWS[law]).numpy()
-    else: wave = open_clip(sound, index, path, CONFIG.sample_rate, seconds)
-    return wave, _LOGMEL(torch.from_numpy(wave))[0, :, :FRAMES]
+    else: wave, said = open_clip(sound, index, path, data, CONFIG.sample_rate, seconds)
+    return wave, _LOGMEL(torch.from_numpy(wave))[0, :, :FRAMES], said
 
 # %% ../nbs/exhibits/17d_alias_lab.ipynb #9b054e86
 def lab_sound(
     state,        # dict: complete state
-    upload=None,  # array [S] at 16 kHz: a waveform that replaces the state's sound
-):  # -> (array [S], tensor [F, T], int): waveform, log-mel in nats, the mel band that is analysed
+    upload=None,  # bytes of the file that the state's path names
+):  # -> (array [S], tensor [F, T], int, str): waveform, log-mel in nats, the mel band that is analysed, about a file
     "The sound, its spectrogram and its band. Raises `StateError` for a sound of fewer than four patches."
-    if upload is not None:
-        wave = np.asarray(upload[:int(FRAMES / RATE * CONFIG.sample_rate)], np.float32)
-        logmel = _LOGMEL(torch.from_numpy(wave))[0, :, :FRAMES]
-    else:
-        tone = state["sound"] == TONE  # what a sound does not depend on is left out of the key
-        wave, logmel = _heard(state["sound"], 0 if tone else state["clip_index"], state["path"],
-                              *(state[k] if tone else 0 for k in ("rate", "depth", "law", "carrier")))
+    tone, file = state["sound"] == TONE, state["sound"] == "file"  # what a sound does not depend on is not in the key
+    wave, logmel, said = _heard(state["sound"], 0 if tone or file else state["clip_index"], state["path"] if file else "",
+                                upload if file else None,
+                                *(state[k] if tone else 0 for k in ("rate", "depth", "law", "carrier")))
     least = state["patch_frames"] + 3 * state["hop"]
     if logmel.shape[1] < least:
         raise StateError(f"the sound has {logmel.shape[1]} frames of 10 ms, and four patches need {least}: "
                          "take a longer sound, or lower patch size and hop")
     band = state["band"] if state["band"] >= 0 else int(logmel.exp().mean(1).argmax())
-    return wave, logmel, band
+    return wave, logmel, band, said
 
 # %% ../nbs/exhibits/17d_alias_lab.ipynb #350c8a04
 def strongest(
@@ -111,6 +109,16 @@ def strongest(
     shift = 0.5 * (left - right) / np.minimum(left - 2 * mid + right, -1e-12)
     return f[i] + shift * (f[1] - f[0]), np.exp(mid - 0.25 * (left - right) * shift)
 
+# %% ../nbs/exhibits/17d_alias_lab.ipynb #9f4370f2
+def below(
+    x,    # tensor [T]: a band
+    hop,  # frames from one patch to the next
+):  # -> tensor [T]
+    "The rates of a band up to the Nyquist rate after patching, cut sharply; mirrored at the ends, so that nothing wraps around."
+    spectrum = torch.fft.rfft(torch.cat([x, x.flip(-1)], -1))
+    spectrum[torch.fft.rfftfreq(2 * len(x), 1 / RATE) > patch_nyquist(hop, RATE)] = 0
+    return torch.fft.irfft(spectrum, n=2 * len(x))[:len(x)]
+
 # %% ../nbs/exhibits/17d_alias_lab.ipynb #ec31213f
 def fold_band(
     x,        # tensor [T]: a band, nats
@@ -119,7 +127,7 @@ def fold_band(
 ):  # -> dict of arrays: envelope, slow, tokens, rebuilt; spectra before, slow, after, kept, folded; peaks
     "A band before and after patching, with the part that folds apart from the part that stays."
     slow = zero_phase_lowpass(x, hop)
-    tokens, kept = (patch_sequence(v, weights, hop)[0] for v in (x, slow))
+    tokens, kept = (patch_sequence(v, weights, hop)[0] for v in (x, below(x, hop)))
     rates, (before, low) = modulation_spectrum(torch.stack([x, slow]), RATE, pad=4)
     parts = torch.stack([tokens, kept, tokens - kept])
     token_rates, (after, stays, folded) = modulation_spectrum(parts, RATE / hop, pad=16)
@@ -177,15 +185,15 @@ def delay_residuals(
 # %% ../nbs/exhibits/17d_alias_lab.ipynb #d0e04f7f
 def compute_lab(
     state,        # dict: complete state
-    upload=None,  # array [S] at 16 kHz: a waveform that replaces the state's sound
-):  # -> dict: wave, logmel, band, patch (index), count, nyquist, share, those of `fold_band`, `sblu`, `residuals`
+    upload=None,  # bytes of the file that the state's path names
+):  # -> dict: wave, logmel, band, said, patch (index), count, nyquist, share, those of `fold_band`, `sblu`, `residuals`
     "Everything that the dashboard draws, without a browser."
-    wave, logmel, band = lab_sound(state, upload)
+    wave, logmel, band, said = lab_sound(state, upload)
     P, hop, kind = state["patch_frames"], state["hop"], CHANNELS[state["channel"]]
     x = logmel[band].double()
     channels = patch_weights(kind, P, 32 if kind == "random" else 1)
     count = (len(x) - P) // hop + 1
-    return dict(state=state, wave=wave, logmel=logmel.numpy(), band=band, count=count,
+    return dict(state=state, wave=wave, logmel=logmel.numpy(), band=band, said=said, count=count,
                 patch=min(int(state["at"] * RATE / hop), count - 1), nyquist=patch_nyquist(hop, RATE),
                 share=float(aliased_share(x, hop, RATE)),
                 filtered_share=float(aliased_share(x, hop, RATE, channels[:1])[0]),
@@ -240,7 +248,7 @@ def envelope_scene(
     s = Scene(axis("time (s)", (0, len(x) / RATE)), axis("log energy (nats)", (lo - pad, hi + pad)),
               "The band over time", 170, group, "Log energy of the band over time")
     t = np.arange(len(x)) / RATE
-    s.line(t, x, "#9aa0a8", "every frame", 1.5).line(t, result["slow"], PALETTE["blue"], "low-passed first", 2, (2, 2))
+    s.line(t, x, "#9aa0a8", "every frame", 1.5).line(t, result["slow"], PALETTE["green"], "low-passed first", 2, (2, 2))
     s.line((np.arange(len(rebuilt)) + offset) / RATE, rebuilt, PALETTE["red"], "what the tokens describe", 2, (7, 3))
     return s.points((np.arange(len(tokens)) * state["hop"] + offset) / RATE, tokens, "#111", 3.2,
                     name="one value per patch")
@@ -284,7 +292,7 @@ def before_scene(
               "Modulation spectrum of the band; arrows from each rate to where it folds")
     s.span(nyquist, lim[1], PALETTE["orange"], 0.10, "folds")
     s.band(rates, np.minimum(low, before), before, PALETTE["orange"], 0.45, "a low-pass throws this away")
-    s.band(rates, 0 * low, low, PALETTE["blue"], 0.35, "and leaves this")
+    s.band(rates, 0 * low, low, PALETTE["green"], 0.35, "and leaves this")
     s.line(rates, before, "#111", "before", 1.8)
     for n, i in enumerate(fold):
         end = (max(p["lands"][i], lim[0] * 1.05), p["left"][i])
@@ -307,8 +315,8 @@ def after_scene(
     s = Scene(axis("rate in the tokens (Hz)", (0, result["nyquist"])), axis("swing (nats)", (0, top)),
               "After patching: the rates of one channel", 220, group, "Modulation spectrum of the tokens")
     s.band(rates, 0 * rates, result["folded"], PALETTE["orange"], 0.3)
-    s.line(rates, result["stays"], PALETTE["blue"], "was slow", 2.2)
-    s.line(rates, result["folded"], PALETTE["red"], "folded", 2.2, (7, 3))
+    s.line(rates, result["stays"], PALETTE["green"], "true: was slow", 2.2)
+    s.line(rates, result["folded"], PALETTE["red"], "false: was fast", 2.2, (7, 3))
     s.line(rates, result["after"], "#111", "tokens", 1.4)
     for n, i in enumerate(fold):
         at, level = p["lands"][i], high * (1.06 + 0.13 * (len(fold) - 1 - n))
@@ -328,7 +336,7 @@ def sblu_scene(
     ticks = [(t, f"{t:g}") for t in (3.125, 5, 10, 20, 30, 40, 50) if t >= lim[0]]
     s = Scene(axis("rate listened to (Hz)", lim, "log", ticks), axis("magnitude", (0, top)),
               "What SBLU sees, a number per patch", 220, group, "Mean magnitude over the rate listened to")
-    for k, colour, dash in (("even", PALETTE["pink"], ()), ("signed", PALETTE["green"], (7, 3))):
+    for k, (colour, dash) in PHASES.items():
         s.band(v["rates"], v[k]["low"], v[k]["high"], colour, 0.25)
         s.line(v["rates"], v[k]["mean"], colour, k, 2.4, dash)
     for rate in p["rate"][p["rate"] >= lim[0]][:3]: s.mark(x=rate, color="#111")
@@ -344,8 +352,8 @@ def residual_scene(
     top = min(max(2.1, 1.08 * float(max(r[k].max() for k in ("plain", "filtered", "even", "signed")))), 6.0)
     s = Scene(axis("delay of the sound (frames)", (0, hop)), axis("residual", (0, top)),
               "Do tokens just move with the sound?", 220, aria="Residual over the delay of the sound")
-    s.line(x, r["plain"], "#111", "patches", 2.4).line(x, r["filtered"], PALETTE["blue"], "low-passed", 2.2, (2, 2))
-    s.line(x, r["even"], PALETTE["pink"], "SBLU even", 2).line(x, r["signed"], PALETTE["green"], "signed", 2.2, (7, 3))
+    s.line(x, r["plain"], "#111", "patches", 2.4).line(x, r["filtered"], PALETTE["green"], "low-passed", 2.2, (2, 2))
+    for k, (colour, dash) in PHASES.items(): s.line(x, r[k], colour, f"SBLU {k}", 2.2, dash)
     return s.layer("mark", at=math.sqrt(2), way="h", color="#777", dash=[4, 3], width=1, name="unrelated")
 
 # %% ../nbs/exhibits/17d_alias_lab.ipynb #c5539c49
@@ -398,24 +406,25 @@ class AliasLab(Dashboard):
     "A sound, the rates of its envelope before and after patching, what filtering and SBLU make of it, and its sound."
     title, fields, presets = "Alias lab", FIELDS, PRESETS
     free = ("carrier", "path", "at", "decay")
+    uploaded, opens = "path", dict(path=dict(sound="file"))
 
     def build(self):
         self.plots = {n: Plot() for n in ("spectrogram", "envelope", "before", "after", "sblu", "residual")}
-        self.numbers, self.wave, self.shown = W.HTML(), None, {}
+        self.numbers, self.shown = W.HTML(), {}
         self.sounds = {n: Sound(label=label) for n, label in LABELS.items()}
         self.voice, self.asked, self.loaded = Latest(self.load_sounds, delay=0.25), False, None
-        self.upload = W.FileUpload(accept="audio/*,.wav,.flac,.ogg,.opus,.mp3", multiple=False,
-                                   description="Upload a clip…", layout=W.Layout(width="auto"))
-        self.upload.observe(lambda change: self.take(change["new"]), "value")
+        self.upload = self.upload_button("Upload a clip…", AUDIO)
         for n in ("spectrogram", "envelope"):
             self.plots[n].stride = 0.16
             self.plots[n].observe(lambda change: self.clicked(change["new"], change["owner"]), "clicked")
 
-    def compute(self, state):
-        if self.wave is not None and self.wave[1] != self.chosen(): self.wave = None  # another sound was chosen since
-        return compute_lab(state, None if self.wave is None else self.wave[0])
+    def compute(self, state): return compute_lab(state, self.uploads.get(state["path"]))
+    def decode(self, data, name): return check_sound(data, name)
+    def about(self, result): return result["said"]
 
-    def chosen(self): return tuple(self.state[k] for k in ("sound", "clip_index", "path"))
+    def idle(self, state):
+        tone, file = state["sound"] == TONE, state["sound"] == "file"
+        return ("clip_index",) * (tone or file) + ("rate", "depth", "law") * (not tone)
 
     def draw(self, r):
         scenes = dict(spectrogram=spectrogram_scene(r, self.group), envelope=envelope_scene(r, self.group),
@@ -458,18 +467,12 @@ def clicked(self: AliasLab, click, plot):
 def layout(self: AliasLab):
     "Controls on the left, drawings on the right."
     c, p, s = self.controls, self.plots, self.sounds
-    heading = lambda text: W.HTML(f"<b>{text}</b>")
     sound = [c[n] for n in ("sound", "rate", "depth", "law", "carrier", "clip_index", "path")]
     patches = [c[n] for n in ("patch_frames", "hop", "channel", "band", "at", "decay")]
     listen = [heading("Listen (envelopes on the carrier)"), *s.values()]
-    left = W.VBox([heading("Sound"), *sound, self.upload, heading("Patches"), *patches, *listen],
-                  layout=W.Layout(width="380px", flex="0 0 auto"))
-    half = W.Layout(width="50%", min_width="330px", flex="1 1 330px")
-    pair = lambda *names: W.HBox([W.VBox([p[n]], layout=half) for n in names], layout=W.Layout(flex_flow="row wrap"))
-    right = W.VBox([p["spectrogram"], p["envelope"], p["before"], pair("after", "sblu"),
-                    W.HBox([W.VBox([p["residual"]], layout=half), W.VBox([self.numbers], layout=half)],
-                           layout=W.Layout(flex_flow="row wrap"))], layout=W.Layout(flex="1 1 600px", min_width="0"))
-    return W.VBox([self.toolbar, W.HBox([left, right], layout=W.Layout(align_items="flex-start"))])
+    left = [heading("Sound"), *sound, self.upload, heading("Patches"), *patches, *listen]
+    return arranged(self.toolbar, left, [p["spectrogram"], p["envelope"], p["before"], row(p["after"], p["sblu"]),
+                                         row(p["residual"], self.numbers)])
 
 # %% ../nbs/exhibits/17d_alias_lab.ipynb #42de2e79
 def alias_picture(

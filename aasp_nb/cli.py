@@ -9,15 +9,8 @@ __all__ = ['FINISHED', 'FAILED', 'USAGE', 'KERNEL_DIED', 'STOPPED', 'UsageError'
 
 # %% ../nbs/doors/20_cli.ipynb #b90d30b3
 import argparse, contextlib, difflib, errno, importlib.util, json, os, shlex, signal, socket, sys, tempfile
+from functools import cache
 from pathlib import Path
-
-import nbformat
-from nbclient.exceptions import DeadKernelError
-from papermill import execute_notebook
-from papermill.clientwrap import PapermillNotebookClient
-from papermill.engines import NBClientEngine, papermill_engines
-from papermill.exceptions import PapermillExecutionError
-from papermill.translators import PythonTranslator
 
 # %% ../nbs/doors/20_cli.ipynb #863f5a68
 FINISHED, FAILED, USAGE, KERNEL_DIED, STOPPED = 0, 1, 2, 70, 75  # exit codes; the last two as in sysexits.h
@@ -56,6 +49,8 @@ def declared(
     notebook: Path,  # a run notebook
 ) -> dict:  # name -> papermill's record: default, help, inferred type
     "Parameters of a notebook; raises `UsageError` for what is no notebook or has lost its tag."
+    import nbformat
+    from papermill.translators import PythonTranslator
     try: cells = nbformat.read(notebook, 4).cells
     except Exception as e: raise UsageError(f"{notebook} is no notebook: {str(e).splitlines()[0]}") from e
     tagged = [c for c in cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
@@ -122,32 +117,39 @@ class Forwarder:
         for number, old in self._old.items(): signal.signal(number, old)
 
 # %% ../nbs/doors/20_cli.ipynb #007e79f5
-class _Engine(NBClientEngine):
-    "papermill's own engine with signals passed to the kernel."
-    forwarder = None
+@cache
+def _engine():
+    "papermill's own engine with signals passed to the kernel, registered as `aasp`."
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import NBClientEngine, papermill_engines
 
-    @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, stdout_file=None, stderr_file=None,
-                                 start_timeout=60, execution_timeout=None, **kwargs):
-        for name in ("input_path", "timeout", "startup_timeout"): kwargs.pop(name, None)
-        client = cls.forwarder.client = PapermillNotebookClient(
-            nb_man, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name,
-            log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file,
-            on_cell_start=lambda **kw: cls.forwarder.deliver(), **kwargs)
-        seen = set()
-        client.on_notebook_start = lambda **kw: seen.add(cls.forwarder.kernel)
-        try: return client.execute()
-        finally:
-            for pid in seen - {None}:
-                with contextlib.suppress(OSError): os.killpg(pid, signal.SIGKILL)
+    class Engine(NBClientEngine):
+        forwarder = None
 
-papermill_engines.register("aasp", _Engine)
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, stdout_file=None, stderr_file=None,
+                                     start_timeout=60, execution_timeout=None, **kwargs):
+            for name in ("input_path", "timeout", "startup_timeout"): kwargs.pop(name, None)
+            client = cls.forwarder.client = PapermillNotebookClient(
+                nb_man, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name,
+                log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file,
+                on_cell_start=lambda **kw: cls.forwarder.deliver(), **kwargs)
+            seen = set()
+            client.on_notebook_start = lambda **kw: seen.add(cls.forwarder.kernel)
+            try: return client.execute()
+            finally:
+                for pid in seen - {None}:
+                    with contextlib.suppress(OSError): os.killpg(pid, signal.SIGKILL)
+
+    papermill_engines.register("aasp", Engine)
+    return Engine
 
 # %% ../nbs/doors/20_cli.ipynb #2be2fc47
 def check_kernel(
     notebook: Path,  # a run notebook
 ) -> str:  # "", or a line for the user
     "What to say about the kernel that a notebook was saved with. Raises `UsageError` for another language than Python."
+    import nbformat
     meta = nbformat.read(notebook, 4).metadata
     spec = meta.get("kernelspec") or {}
     language, name = spec.get("language") or meta.get("language_info", {}).get("name") or "python", spec.get("name")
@@ -162,7 +164,7 @@ def _status(path: Path) -> dict:
     with contextlib.suppress(OSError, ValueError, IndexError): return json.loads(path.read_text().splitlines()[-1])
     return {}
 
-def _error(e: PapermillExecutionError) -> str:
+def _error(e) -> str:
     "The last line of a cell's error, as a user wants to read it."
     return f"{e.ename}: {e.evalue}"
 
@@ -184,11 +186,14 @@ def execute(
     quiet: bool = False,  # do not show what the cells print
 ) -> tuple:  # exit code, one line about it
     "Run a notebook once, with signals passed to its kernel."
+    from nbclient.exceptions import DeadKernelError
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillExecutionError
     shown = {} if quiet else dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
     error, left, old = "", False, os.environ.get("AASP_STATUS")  # left: by SystemExit, before the last cell
     with tempfile.TemporaryDirectory() as folder, Forwarder() as forwarder:
         status = Path(folder) / "status"
-        os.environ["AASP_STATUS"], _Engine.forwarder = str(status), forwarder
+        os.environ["AASP_STATUS"], _engine().forwarder = str(status), forwarder
         try:
             done = execute_notebook(str(notebook), str(out), parameters, engine_name="aasp", progress_bar=False,
                                     store_widget_state=False, kernel_name="python3", language="python", **shown)
@@ -269,14 +274,15 @@ def _shards(args) -> int:
     return print(make_shards(args.data, args.out, args.clips, args.sr)) or FINISHED
 
 def _dashboards(args):
-    "Serve a dashboard, or a folder of them, as pages on this machine; Ctrl-C ends it."
-    from aasp_nb.dashboards import serve
-    if not Path(args.path).exists():
-        raise UsageError(f"{args.path} does not exist: give a notebook or a folder of notebooks")
+    "Serve the dashboards, or one notebook, as pages on this machine; Ctrl-C ends it."
+    from aasp_nb.pages import dashboards_folder, serve
+    path = Path(args.path or dashboards_folder())
+    if not path.exists():
+        raise UsageError(f"{path} does not exist: give a notebook or a folder of notebooks")
     if importlib.util.find_spec("voila") is None:
         raise UsageError("pages are served by Voila, which is missing: pip install 'aasp-nb[lab]', or open it in JupyterLab")
     check_port(args.port)
-    serve(args.path, port=args.port)
+    return serve(path, port=args.port)
 
 def _slurm(args) -> int:
     "Print a Slurm script that runs a notebook, and again after every time limit."
@@ -320,7 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     _data_commands(commands)
     dashboards = commands.add_parser("dashboards", help=_dashboards.__doc__, description=_dashboards.__doc__)
     dashboards.set_defaults(function=_dashboards)
-    dashboards.add_argument("path", nargs="?", default="nbs/dashboards", help="notebook, or a folder (nbs/dashboards)")
+    dashboards.add_argument("path", nargs="?", help="notebook, or a folder; without it, the four dashboards")
     dashboards.add_argument("--port", type=int, default=8866, help="TCP port on 127.0.0.1 (8866)")
     return parser
 

@@ -15,14 +15,14 @@ from functools import lru_cache
 import ipywidgets as W
 import numpy as np
 import torch
-from .dashboards import axis, Dashboard, Field, PALETTE, Plot, Scene, StateError
+from .dashboards import arranged, axis, Dashboard, Field, heading, PALETTE, Plot, row, Scene, StateError
 from .patching import patch
 from .windows import make_window, rad_to_hz
 
 # %% ../nbs/exhibits/17a_window_dashboard.ipynb #34a95042
-FAMILIES = dict(one_sided=("one-sided", PALETTE["red"], (7, 3)),
+FAMILIES = dict(one_sided=("one-sided", PALETTE["orange"], (7, 3)),  # name, colour as in the figures, dashes
                 two_sided=("two-sided", PALETTE["blue"], ()),
-                gaussian=("Gaussian", PALETTE["green"], (2, 2)))
+                gaussian=("Gaussian", PALETTE["green"], (8, 2, 2, 2)))
 RAD_TO_HZ = float(rad_to_hz(1.0))  # modulation rate of 1 rad/frame at a 10 ms hop
 
 # %% ../nbs/exhibits/17a_window_dashboard.ipynb #e51ab2ad
@@ -238,7 +238,7 @@ FIELDS = dict(
                  help="complex: as in Figure 2; real: as a modulation is"),
     tone=Field(0.8, "tone", 0.2, 3.1, 0.01, unit="rad/frame"),
     tone_phase=Field(0.0, "tone phase", 0.0, 6.28, 0.02, unit="rad"),
-    offset=Field(1.2, "start offset", -2.8, 2.8, 0.01, unit="rad/frame",
+    offset=Field(1.2, "start offset", -2.8, 2.8, 0.02, unit="rad/frame",
                  help="first kernel frequency minus the tone's"),
     gradient_scale=Field("linear", "gradient axis", choices=("linear", "log")),
     objective=Field("magnitude", "objective", choices=("magnitude", "log magnitude")),
@@ -251,10 +251,10 @@ PRESETS = {
     "Figure 2, unit peak": dict(normalization="peak"),
     "Figure 2, unit gain": dict(normalization="gain", gradient_scale="log"),
     "SBLU at the start (decay 0.25)": dict(matching="by hand", signal="real", tone=1.6, offset=0.6),
-    "Phase problem: even": dict(matching="by hand", alpha=0.15, signal="real", tone=0.8, offset=0.2, phase="even",
-                                gaussian=False, one_sided=False),
-    "Phase solved: signed": dict(matching="by hand", alpha=0.15, signal="real", tone=0.8, offset=0.2, phase="signed",
-                                 gaussian=False, one_sided=False),
+    "Phase problem: even": dict(matching="by hand", alpha=0.15, signal="real", tone=0.8, tone_phase=1.58, offset=0.2,
+                                phase="even", gaussian=False, one_sided=False),
+    "Phase solved: signed": dict(matching="by hand", alpha=0.15, signal="real", tone=0.8, tone_phase=1.58, offset=0.2,
+                                 phase="signed", gaussian=False, one_sided=False),
     "Chase with Adam": dict(normalization="gain", optimizer="adam", phase="signed", tone=0.6, offset=2.0,
                             gradient_scale="log"),
 }
@@ -410,8 +410,12 @@ class WindowDashboard(Dashboard):
 
     def compute(self, state): return compute_windows(state)
 
+    def idle(self, state):
+        by_hand = state["matching"] == "by hand"
+        used = dict(alpha=by_hand and (state["one_sided"] or state["two_sided"]), inv_sigma=by_hand and state["gaussian"])
+        return tuple(n for n, does in used.items() if not does)
+
     def draw(self, result):
-        for n in ("alpha", "inv_sigma"): self.controls[n].disabled = self.state["matching"] != "by hand"
         spectrum, gradient = offset_scenes(result, self.group)
         for name, scene in dict(spectrum=spectrum, gradient=gradient, response=response_scene(result, self.group + "b"),
                                 race=race_scene(result)).items(): self.plots[name].show(scene)
@@ -442,18 +446,15 @@ def run_rates(self: WindowDashboard):
 def layout(self: WindowDashboard):
     "Controls on the left, drawings on the right."
     c = self.controls
-    heading = lambda text: W.HTML(f"<b>{text}</b>")
-    left = W.VBox([heading("Windows"), c["one_sided"], c["two_sided"], c["gaussian"], c["normalization"], c["matching"],
+    left = [heading("Windows"), c["one_sided"], c["two_sided"], c["gaussian"], c["normalization"], c["matching"],
                    c["kernel_size"], c["alpha"], c["inv_sigma"], c["gradient_scale"], heading("Tone and kernel"),
                    c["phase"],
                    c["signal"], c["tone"], c["tone_phase"], c["offset"], heading("Chase"), c["objective"],
                    c["optimizer"], c["lr"],
-                   c["steps"], c["snr"], c["seed"], self.button], layout=W.Layout(width="380px", flex="0 0 auto"))
-    p, half = self.plots, W.Layout(width="50%", min_width="330px", flex="1 1 330px")
-    cell = lambda *names: W.HBox([W.VBox([p[n]], layout=half) for n in names], layout=W.Layout(flex_flow="row wrap"))
-    right = W.VBox([cell("spectrum", "gradient"), cell("response", "race"), self.sentence, self.numbers, cell("rate")],
-                   layout=W.Layout(flex="1 1 600px", min_width="0"))
-    return W.VBox([self.toolbar, W.HBox([left, right], layout=W.Layout(align_items="flex-start"))])
+                   c["steps"], c["snr"], c["seed"], self.button]
+    p = self.plots
+    return arranged(self.toolbar, left, [row(p["spectrum"], p["gradient"]), row(p["response"], p["race"]), self.sentence,
+                                         self.numbers, p["rate"]])
 
 # %% ../nbs/exhibits/17a_window_dashboard.ipynb #686a353b
 def window_picture(

@@ -19,6 +19,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 NOISE = (  # console errors that are not ours: (pattern, why it is harmless)
     (r"favicon\.ico", "the server has no icon for this path"),
     (r"ResizeObserver loop", "Chromium's notice that a layout took two passes"),
+    (r"removeChild[\s\S]*jlab_core", "JupyterLab takes its splash screen away twice when a theme follows another"),
 )
 
 
@@ -139,13 +140,56 @@ class Voila(Server):
     name = "voila"
 
     def command(self):
-        from aasp_nb.dashboards import voila_command
+        from aasp_nb.pages import voila_command
         command, env = voila_command(self.root, self.home / "share", self.port, self.token)
         self.env["JUPYTER_PATH"] = env["JUPYTER_PATH"]
         return command
 
     def url(self, notebook=None):
         return f"http://127.0.0.1:{self.port}/voila/render/{Path(notebook or self.notebooks[0]).name}?token={self.token}"
+
+
+FAULTS = r"""() => {  // what cannot be seen or read on the dashboard, one line each
+  const out = [], dash = document.querySelector('.aasp-dash');
+  const seen = e => e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
+  const rgba = c => (c.match(/[\d.]+/g) || [0, 0, 0, 0]).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0);
+  const contrast = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
+  const ground = e => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor);
+    if (c.length < 4 || c[3] > .9) return c; } return [255, 255, 255]; };
+  const faint = (what, ink, on) => { const c = contrast(ink, on);
+    if (c < 4.5) out.push(`contrast ${c.toFixed(1)}: ${what.trim().slice(0, 40)}`); };
+  const words = document.createTreeWalker(dash, NodeFilter.SHOW_TEXT);
+  for (let n; (n = words.nextNode());) {
+    const e = n.parentElement;
+    if (!n.data.trim() || !seen(e) || ['OPTION', 'STYLE', 'SCRIPT'].includes(e.tagName)) continue;
+    faint(n.data, rgba(getComputedStyle(e).color), ground(e));
+    const range = document.createRange(); range.selectNodeContents(n);
+    const r = range.getBoundingClientRect(), d = dash.getBoundingClientRect();
+    if (r.left < d.left - 1 || r.right > d.right + 1) out.push(`outside the card: ${n.data.trim().slice(0, 40)}`);
+    for (let p = e; p && p !== dash; p = p.parentElement) if (getComputedStyle(p).overflowX !== 'visible') {
+      const q = p.getBoundingClientRect();
+      if (r.left < q.left - 1 || r.right > q.right + 1) out.push(`cut: ${n.data.trim().slice(0, 40)}`); }
+  }
+  for (const e of dash.querySelectorAll('select, input[type=text]')) if (seen(e))
+    faint(e.value || 'input', rgba(getComputedStyle(e).color), ground(e));
+  for (const e of dash.querySelectorAll('select, input:not([type=file]), button, canvas[role], .noUi-handle, .widget-readout')) {
+    const name = e.getAttribute('aria-label') || (e.labels && e.labels[0] ? e.labels[0].textContent : '') || e.title || e.textContent;
+    if (seen(e) && !name.trim()) out.push(`without a name: ${e.outerHTML.slice(0, 80)}`);
+  }
+  for (const c of dash.querySelectorAll('canvas.aasp-canvas')) {
+    const w = c.clientWidth, h = c.clientHeight, texts = c.texts || [];
+    if (w < 200 || h < 100 || !texts.length) { out.push(`a canvas of ${w} x ${h} with ${texts.length} texts`); continue; }
+    texts.forEach((t, i) => {
+      const ink = document.createElement('i'); ink.style.color = t.color; dash.append(ink);
+      faint('canvas: ' + t.text, rgba(getComputedStyle(ink).color), [255, 255, 255]); ink.remove();
+      if (t.x0 < -1 || t.y0 < -1 || t.x1 > w + 1 || t.y1 > h + 1) out.push(`outside its canvas: ${t.text}`);
+      for (const u of texts.slice(i + 1)) if (t.x0 < u.x1 - 1 && u.x0 < t.x1 - 1 && t.y0 < u.y1 - 1 && u.y0 < t.y1 - 1)
+        out.push(`overprinted: ${t.text} | ${u.text}`);
+    });
+  }
+  return out; }"""
 
 
 class Page:
@@ -156,7 +200,7 @@ class Page:
         self.page = context.pages[0] if context.pages else context.new_page()
         self.page.set_default_timeout(90_000)
         self.page.on("console", lambda m: self.complain(m.text, m.location) if m.type == "error" else None)
-        self.page.on("pageerror", lambda e: self.complain(str(e), {}))
+        self.page.on("pageerror", lambda e: self.complain(f"{e} {(e.stack or '')[:600]}", {}))
         home = re.compile(rf"^(https?|wss?)://127\.0\.0\.1:{server.port}/")
         def guard(route):
             if home.match(route.request.url): return route.continue_()
@@ -185,6 +229,28 @@ class Page:
         bad = self.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output "
                                 "pre:has-text('Traceback')").all_inner_texts()
         if bad: raise AssertionError("cell failed: " + "\n".join(bad)[-2000:])
+
+    def faults(self):
+        "What is faint, cut, overprinted, of no width or without a name, one line each."
+        return self.page.evaluate(FAULTS)
+
+    def theme(self, name):
+        "JupyterLab's Light or Dark theme."
+        self.page.evaluate("t => window.jupyterapp.commands.execute('apputils:change-theme', { theme: t })", f"JupyterLab {name}")
+        self.page.wait_for_function("t => document.body.dataset.jpThemeName === t", arg=f"JupyterLab {name}")
+
+    def width(self, pixels, height=1100):
+        "Another width of the window; waits until every canvas has been drawn anew for it."
+        self.page.set_viewport_size(dict(width=pixels, height=height))
+        self.page.wait_for_function("""() => Array.from(document.querySelectorAll('canvas.aasp-canvas')).every(c =>
+            Math.abs(c.width - c.parentElement.clientWidth * devicePixelRatio) < 2)""")
+        self.settle()
+
+    def upload(self, path):
+        "Hands a file to the dashboard's upload button."
+        with self.page.expect_file_chooser() as chooser:
+            self.page.locator("button.aasp-upload").first.click()
+        chooser.value.set_files(str(path))
 
     def hide_chrome(self):
         "Closes JupyterLab's side bars so that a picture shows the notebook."

@@ -44,7 +44,7 @@ def numbers(page):
 
 def readout(page, name):
     "The number beside a slider."
-    return float(page.page.locator(f".aasp-field-{name} .widget-readout").inner_text())
+    return float(page.page.locator(f".aasp-field-{name} .widget-readout").inner_text().replace("\u2212", "-"))
 
 
 def error(page):
@@ -79,7 +79,7 @@ def test_page(server, name, tmp_path):
         first = open_page(page, server)
         assert first and min(first) >= 1, "nothing was drawn"
         assert first == [1] * len(first), f"drawn more than once at the start: {first}"
-        assert error(page) == ""
+        assert error(page) == "" and page.faults() == []
         old_numbers, old = numbers(page), readout(page, field)
 
         page.press(handle, "ArrowRight", 2)  # by key
@@ -130,8 +130,7 @@ def extra(name, page, tmp_path):
     broken = tmp_path / "broken.bin"
     broken.write_bytes(b"neither audio\nnor a table\n")
     if name in ("patch_parameters", "ablations", "alias_lab"):
-        with page.page.expect_file_chooser() as chooser: page.page.locator("button.jupyter-widget-upload, button.widget-upload").first.click()
-        chooser.value.set_files(str(broken))
+        page.upload(broken)
         words = "no column dataset" if name == "ablations" else "cannot be read as audio"
         assert wait_for(page, lambda: words in error(page)), f"no error for a broken upload: {error(page)!r}"
     if name == "patch_parameters":
@@ -165,6 +164,161 @@ def extra(name, page, tmp_path):
         page.page.mouse.click(box["x"] + box["width"] * 0.13, box["y"] + box["height"] * 0.6)  # the first bar
         assert wait_for(page, lambda: readout(page, "row") == 0), "a click chooses no bar"
         assert "Command line" in page.page.locator(".aasp-dash").inner_text()
+
+
+def shows(page, name):
+    "The value of a control: the text of a field, the choice of a menu, the number of a slider."
+    box = page.page.locator(f".aasp-field-{name}")
+    if box.locator("select").count(): return box.locator("select option:checked").inner_text()
+    return box.locator("input[type=text]").input_value() if box.locator("input[type=text]").count() else readout(page, name)
+
+
+def saved_state(page):
+    "What `Save state` stores."
+    with page.page.expect_download() as download: page.page.get_by_role("button", name="Save state").click()
+    return json.loads(Path(download.value.path()).read_text())
+
+
+def sound_file(path, seconds, rate=16000, cut=None):
+    "A tone of 700 Hz that swings three times a second; `cut`: only so many bytes of the file."
+    import numpy as np, soundfile
+    t = np.arange(int(seconds * rate)) / rate
+    soundfile.write(path, 0.3 * np.sin(4400 * t) * (1 + 0.5 * np.sin(19 * t)), rate)
+    if cut: path.write_bytes(path.read_bytes()[:cut])
+    return path
+
+
+UPLOADS = dict(alias_lab=("sound", "path", ("hop", "patch_frames", "decay", "band", "at", "carrier")),
+               patch_parameters=("clip", "path", ("band", "unit", "time_patch")),
+               ablations=(None, "results", ("row",)))  # menu, field of the path, sliders that act on the upload
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UPLOADS)
+def test_every_control_after_an_upload(name, tmp_path):
+    "What is uploaded is shown, moved by every control, saved under its name, and gone after Reset; errors too."
+    if (reason := browser.missing()): pytest.skip(f"SKIPPED: {reason}")
+    menu, field, sliders = UPLOADS[name]
+    with browser.Lab(BOOKS / f"{name}.ipynb", env=dict(OMP_NUM_THREADS="1")) as s, s.page(height=1500) as page:
+        open_page(page, browser.Lab)
+        first = {n: shows(page, n) for n in (menu, field, *sliders) if n}
+        if name == "ablations":
+            mine = tmp_path / "mine.csv"
+            from aasp_nb.ablation_dashboard import EXAMPLE_RESULTS
+            mine.write_text(EXAMPLE_RESULTS.read_text().replace("illustration", "my own runs"))
+            other, words = tmp_path / "other.csv", "my own runs"
+            other.write_text(mine.read_text().replace("my own", "your own"))
+        else:
+            mine = sound_file(tmp_path / "mine.wav", 60)
+            other, words = sound_file(tmp_path / "other.wav", 4, 8000), "60.00 s at 16000 Hz; only the first 6.08 s"
+        text = lambda: page.page.locator(".aasp-dash").inner_text()
+        def uploaded():
+            page.upload(mine)
+            assert wait_for(page, lambda: f"{mine.name}#" in shows(page, field)), "the control does not name the upload"
+            assert wait_for(page, lambda: words in text()) and error(page) == ""
+            if menu: assert shows(page, menu) == "file"
+            return page.settle()
+        uploaded()
+        assert "own setting" in page.page.locator(".aasp-bar select option:checked").inner_text() or name == "ablations"
+        for slider in sliders:  # each moves what is drawn of the upload, or what is heard
+            before, frames = shows(page, slider), page.settle()
+            key = "ArrowLeft" if name == "ablations" else "ArrowRight"
+            page.press(f".aasp-field-{slider} .noUi-handle", key, 15 if slider == "at" else 2)
+            assert wait_for(page, lambda: shows(page, slider) != before), f"{slider} does not move"
+            if slider != "carrier": assert page.settle() != frames, f"{slider} moves nothing"
+            assert mine.name in shows(page, field) and words in text(), f"{slider} drops the upload"
+        saved = saved_state(page)
+        assert saved[field] == shows(page, field) and (not menu or saved[menu] == "file")
+        assert all(saved[n] == shows(page, n) for n in sliders)
+        for dead in ("rate", "depth", "clip_index"):
+            if name == "alias_lab": assert page.page.locator(f".aasp-field-{dead} [disabled]").count(), f"{dead} looks alive"
+        page.page.get_by_role("button", name="Reset").click()
+        assert wait_for(page, lambda: {n: shows(page, n) for n in first} == first), "Reset does not restore the controls"
+        assert wait_for(page, lambda: words not in text()), "the upload stays after Reset"
+
+        uploaded()  # the same file once more
+        page.page.locator(".aasp-bar select").select_option(index=2)
+        if menu: assert wait_for(page, lambda: shows(page, menu) != "file" and words not in text()), "a preset keeps the upload"
+        broken = tmp_path / "broken.wav"
+        broken.write_bytes(b"no sound, no table")
+        page.upload(broken)
+        assert wait_for(page, lambda: "broken.wav" in error(page)), "no error names the broken file"
+        page.page.get_by_role("button", name="Reset").click()
+        assert wait_for(page, lambda: error(page) == "" and shows(page, field) == first[field]), "the error survives Reset"
+        if menu:
+            page.upload(sound_file(tmp_path / "short.wav", 3, cut=3564))
+            assert wait_for(page, lambda: "short.wav: truncated" in error(page)), "a truncated file is taken for a short one"
+            page.page.get_by_role("button", name="Reset").click()
+            assert wait_for(page, lambda: error(page) == "")
+
+        elsewhere = {**saved, field: saved[field].replace("mine", "theirs")}
+        load_state(page, tmp_path, json.dumps(elsewhere))
+        assert wait_for(page, lambda: "theirs." in error(page) and "is not here" in error(page)), "a missing upload is not named"
+        assert page.page.locator(".aasp-stale").count() == 1, "drawings of another state do not look pale"
+        page.upload(other)
+        assert wait_for(page, lambda: f"{other.name}#" in shows(page, field) and error(page) == "")
+        load_state(page, tmp_path, json.dumps(saved))
+        assert wait_for(page, lambda: shows(page, field) == saved[field] and words in text() and error(page) == "")
+        assert page.faults() == [] and page.errors == [] and page.external == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", (browser.Lab, browser.Voila), ids=("lab", "voila"))
+@pytest.mark.parametrize("name", HANDLES)
+def test_widths_themes_and_presets(server, name):
+    "At every width, in both themes and for every preset all words are whole, apart and dark enough, and all canvases wide."
+    if (reason := browser.missing(voila=server is browser.Voila)): pytest.skip(f"SKIPPED: {reason}")
+    with server(BOOKS / f"{name}.ipynb", env=dict(OMP_NUM_THREADS="1")) as s, s.page(width=800) as page:
+        open_page(page, server)
+        menu, found = page.page.locator(".aasp-bar select"), {}
+        for width in (800, 1280, 1920):
+            page.width(width)
+            card, sheet = (page.page.locator(q).first.bounding_box()["width"] for q in (".aasp-dash", "body"))
+            assert card > 0.72 * sheet, f"a card of {card} pixels at {width}"
+            for theme in ("Dark", "Light") if server is browser.Lab else ("",):
+                if theme: page.theme(theme)
+                found[width, theme] = page.faults()
+            for preset in menu.locator("option").all_inner_texts()[1:]:
+                menu.select_option(label=preset)
+                assert wait_for(page, lambda: menu.locator("option:checked").inner_text() == preset)
+                page.settle()
+                found[width, preset] = page.faults()
+        assert not any(found.values()), {k: v[:4] for k, v in found.items() if v}
+        assert page.errors == [] and page.external == []
+
+
+@pytest.mark.slow
+def test_one_page_for_all(tmp_path):
+    "`aasp dashboards` answers before Voila does, asks nobody outside, opens a dashboard by itself and ends with its server."
+    if (reason := browser.missing(voila=True)): pytest.skip(f"SKIPPED: {reason}")
+    import os, signal, urllib.request
+    from playwright.sync_api import sync_playwright
+    port, asked = browser.free_port(), []
+    run = subprocess.Popen([sys.executable, "-m", "aasp_nb.cli", "dashboards", "--port", str(port)], stdout=subprocess.PIPE,
+                           stderr=(tmp_path / "log").open("w"), text=True, env={**os.environ, "HOME": str(tmp_path)})
+    try:
+        assert run.stdout.readline().strip() == f"http://127.0.0.1:{port}"
+        with sync_playwright() as p, p.chromium.launch(executable_path=browser.chromium(), args=browser.FLAGS) as chrome:
+            page = chrome.new_page()
+            page.on("request", lambda r: asked.append(r.url))
+            page.set_default_timeout(120_000)
+            for _ in range(300):  # the line is printed a moment before the port is open
+                try: page.goto(f"http://127.0.0.1:{port}/"); break
+                except Exception: page.wait_for_timeout(100)
+            assert page.locator("a.card img").count() == 4
+            assert page.locator("a.card img").evaluate_all("all => all.every(i => i.complete && i.naturalWidth > 300)")
+            page.locator("a.card").first.click()
+            page.wait_for_selector(".aasp-dash canvas[data-frame]")  # through the page that waits, and web sockets
+            assert not page.locator(".aasp-run").is_visible(), "a page needs no advice about cells"
+            page.goto(f"http://127.0.0.1:{port}/voila/tree")
+            assert page.locator("a.card").count() == 4 and "Choose one" in page.locator("main").inner_text()
+        assert [u for u in asked if not u.startswith((f"http://127.0.0.1:{port}", "data:", "blob:"))] == []
+        run.send_signal(signal.SIGTERM)
+        run.wait(30)
+        with pytest.raises(OSError): urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5)
+    finally:
+        if run.poll() is None: run.kill()
+        run.wait()
 
 
 @pytest.mark.parametrize("name", HANDLES)

@@ -68,7 +68,7 @@ const LAYERS = {
     c.globalAlpha = 1;
   },
 
-  bars(c, l, X, Y, R) {
+  bars(c, l, X, Y, R, p, u, box) {
     const x = R(l.x), y = R(l.y), lo = R(l.lo), hi = R(l.hi);
     for (let i = 0; i < x.length; i++) {
       const a = X(x[i] - l.width / 2), b = X(x[i] + l.width / 2), q = Y(y[i]), z = Y(l.base), m = (a + b) / 2;
@@ -76,9 +76,13 @@ const LAYERS = {
       if (l.outline) { c.strokeStyle = l.outline; c.lineWidth = 2;
         c.strokeRect(a, Math.min(q, z), b - a, Math.abs(q - z)); }
       if (!isFinite(lo[i])) continue;
-      const u = Y(lo[i]), v = Y(hi[i]), w = Math.min(6, (b - a) / 3);
-      c.strokeStyle = '#222'; c.lineWidth = 1.4; c.beginPath(); c.moveTo(m, u); c.lineTo(m, v);
-      c.moveTo(m - w, u); c.lineTo(m + w, u); c.moveTo(m - w, v); c.lineTo(m + w, v); c.stroke();
+      const w = Math.min(6, (b - a) / 3), inside = v => Math.max(box.t + 2, Math.min(box.b - 2, v));
+      c.strokeStyle = '#222'; c.lineWidth = 1.4; c.beginPath(); c.moveTo(m, inside(Y(lo[i]))); c.lineTo(m, inside(Y(hi[i])));
+      for (const v of [Y(lo[i]), Y(hi[i])]) {  // a cap where the interval ends, a head where it goes on
+        const e = inside(v), back = e === v ? 0 : Math.sign(e - v) * 6;
+        c.moveTo(m - w, e + back); if (back) c.lineTo(m, e); c.lineTo(m + w, e + back);
+      }
+      c.stroke();
     }
   },
   picture(c, l, X, Y, R, pixels, lut) {
@@ -106,16 +110,54 @@ const LAYERS = {
     const [x0, x1, y0, y1] = l.box; c.strokeStyle = l.color; c.lineWidth = l.width;
     c.strokeRect(X(x0), Y(y1), X(x1) - X(x0), Y(y0) - Y(y1));
   },
-  text(c, l, X, Y) {
-    c.fillStyle = l.color; c.textAlign = l.align; c.textBaseline = 'bottom';
-      c.font = `${l.size}px system-ui, sans-serif`;
-    c.fillText(l.text, X(l.at[0]), Y(l.at[1]) - 2);
+  text(c, l, X, Y, R, p, u, box, texts) {
+    c.font = `${l.size}px system-ui, sans-serif`;
+    const w = c.measureText(l.text).width, h = 1.25 * l.size, shift = { left: 0, center: .5, right: 1 }[l.align];
+    const x = Math.max(box.l + 3, Math.min(box.r - 3 - w, X(l.at[0]) - shift * w)), y0 = Y(l.at[1]) - 2;
+    const free = y => y - h >= box.t && y <= box.b && !texts.some(t => apart(t, [x, y - h, x + w, y]) === false);
+    const tries = [0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5].map(k => y0 + k * (h + 1));
+    write(c, texts, l.text, x, tries.find(free) ?? Math.max(box.t + h, Math.min(box.b, y0)), 'left', 'bottom', l.color);
   },
 };
 
 const FONT = '11px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif', INK = '#444', GRID = '#e6e8eb';
-function boxOf(spec, w, h) {
-  return { l: 58, r: w - 14, t: spec.x.second ? 38 : 8, b: h - 38 };
+function apart(t, [x0, y0, x1, y1]) { return t.x1 < x0 || x1 < t.x0 || t.y1 <= y0 || y1 <= t.y0; }
+function write(c, texts, s, x, y, align, base, color = INK, px = 11) {  // what stands on the canvas is kept in `texts`
+  c.fillStyle = color; c.textAlign = align; c.textBaseline = base; c.fillText(s, x, y);
+  const w = c.measureText(s).width, h = px * 1.1, x0 = x - w * { left: 0, center: .5, right: 1 }[align];
+  const y0 = y - h * { top: 0, middle: .5, bottom: 1 }[base];
+  texts.push({ text: s, color, x0, x1: x0 + w, y0, y1: y0 + h });
+}
+function wrapped(c, s, width) {  // lines of words, each as wide as there is room for
+  const rows = [];
+  for (const part of String(s).split('\n')) {
+    let row = '';
+    for (const word of part.split(' ')) {
+      if (row && c.measureText(row + ' ' + word).width > width) { rows.push(row); row = word; }
+      else row = row ? row + ' ' + word : word;
+    }
+    rows.push(row);
+  }
+  return rows;
+}
+function plan(c, axis, left, right) {  // texts along x: names are wrapped, numbers left out where they would touch
+  c.font = FONT;
+  const X = scaleOf(axis, left, right), all = ticksOf(axis, (right - left) / 80).map(([v, s]) => [X(v), String(s)]);
+  if (axis.ticks && all.some(([, s]) => /[a-z]/i.test(s))) {
+    const room = all.slice(1).reduce((m, [x], i) => Math.min(m, x - all[i][0]), right - left) - 6;
+    return all.map(([x, s]) => [x, wrapped(c, s, room)]);
+  }
+  const kept = [];
+  for (const [x, s] of all) { const half = c.measureText(s).width / 2;
+    if (!kept.length || x - half > kept.at(-1)[2] + 5) kept.push([x, [s], x + half]); }
+  return kept;
+}
+function boxOf(c, spec, w, h) {
+  const box = { l: 58, r: w - 14, t: spec.x.second ? 38 : 8 };
+  box.ticks = plan(c, spec.x, box.l, box.r);
+  box.rows = Math.max(1, ...box.ticks.map(t => t[1].length));
+  box.b = h - (spec.x.label ? 27 : 11) - 12 * box.rows;
+  return box;
 }
 function grid(c, spec, X, Y, box) {
   c.strokeStyle = GRID; c.lineWidth = 1; c.beginPath();
@@ -125,23 +167,26 @@ function grid(c, spec, X, Y, box) {
     c.lineTo(box.r, p); }
   c.stroke();
 }
-function axes(c, spec, X, Y, box) {
+function axes(c, spec, X, Y, box, texts) {
   c.strokeStyle = '#9aa0a8'; c.lineWidth = 1; c.strokeRect(box.l + .5, box.t + .5, box.r - box.l, box.b - box.t);
-  c.fillStyle = INK; c.font = FONT; c.textAlign = 'center'; c.textBaseline = 'top';
-  for (const [v, s] of ticksOf(spec.x, (box.r - box.l) / 80))
-    String(s).split('\n').forEach((row, i) => c.fillText(row, X(v), box.b + 5 + 12 * i));
-  c.fillText(spec.x.label, (box.l + box.r) / 2, box.b + 22);
+  c.font = FONT;
+  for (const [x, rows] of box.ticks) rows.forEach((row, i) => write(c, texts, row, x, box.b + 7 + 12 * i, 'center', 'top'));
+  if (spec.x.label) write(c, texts, spec.x.label, (box.l + box.r) / 2, box.b + 11 + 12 * box.rows, 'center', 'top');
   if (spec.x.second) {
     const f = spec.x.second.factor, top = { lim: spec.x.lim.map(v => v * f), scale: spec.x.scale };
-    c.textBaseline = 'bottom'; c.strokeStyle = '#9aa0a8'; c.beginPath();
-    for (const [v, s] of ticksOf(top, (box.r - box.l) / 80)) { const p = X(v / f); c.fillText(s, p, box.t - 5);
+    c.strokeStyle = '#9aa0a8'; c.beginPath();
+    for (const [p, [s]] of plan(c, top, box.l, box.r)) { write(c, texts, s, p, box.t - 5, 'center', 'bottom');
       c.moveTo(p, box.t - 4); c.lineTo(p, box.t); }
-    c.stroke(); c.fillText(spec.x.second.label, (box.l + box.r) / 2, box.t - 20);
+    c.stroke(); write(c, texts, spec.x.second.label, (box.l + box.r) / 2, box.t - 20, 'center', 'bottom');
   }
-  c.textAlign = 'right'; c.textBaseline = 'middle';
-  for (const [v, s] of ticksOf(spec.y, (box.b - box.t) / 36)) c.fillText(s, box.l - 6, Y(v));
-  c.save(); c.translate(13, (box.t + box.b) / 2); c.rotate(-Math.PI / 2); c.textAlign = 'center';
-    c.fillText(spec.y.label, 0, 0); c.restore();
+  let last = Infinity;
+  for (const [v, s] of ticksOf(spec.y, (box.b - box.t) / 36)) { const y = Y(v);
+    if (last - y > 12) { write(c, texts, s, box.l - 6, y, 'right', 'middle'); last = y; } }
+  const long = c.measureText(spec.y.label).width, room = box.b - box.t + 20, px = Math.max(9, Math.min(11, 11 * room / long));
+  c.save(); c.font = FONT.replace('11px', px + 'px'); c.translate(13, (box.t + box.b) / 2); c.rotate(-Math.PI / 2);
+  c.fillStyle = INK; c.textAlign = 'center'; c.textBaseline = 'middle'; c.fillText(spec.y.label, 0, 0); c.restore();
+  const half = long * px / 22, m = (box.t + box.b) / 2;
+  texts.push({ text: spec.y.label, color: INK, x0: 13 - px / 2, x1: 13 + px / 2, y0: m - half, y1: m + half });
 }
 
 const bus = (window.__aasp_bus ??= new EventTarget());
@@ -184,7 +229,7 @@ function render({ model, el }) {
   const legend = node('span', 'aasp-legend', head), stack = node('div', 'aasp-stack', root);
   const canvas = node('canvas', 'aasp-canvas', stack), over = node('canvas', 'aasp-over', stack);
   canvas.tabIndex = 0; canvas.setAttribute('role', 'img');
-  let spec, X, Y, R, box, at = null, known = '', chips = [];
+  let spec, X, Y, R, box, high, at = null, known = '', chips = [];
   function fit(c, w, h) {
     const r = window.devicePixelRatio || 1;
     if (c.width !== Math.round(w * r) || c.height !== Math.round(h * r)) { c.width = Math.round(w * r);
@@ -199,13 +244,14 @@ function render({ model, el }) {
     if (!spec.layers || w < 40) return;
     const numbers = block('data', Float32Array), pixels = block('pixels', Uint8Array), lut = block('lut', Uint8Array);
     R = ref => numbers.subarray(ref[0], ref[0] + ref[1]);
-    box = boxOf(spec, w, spec.height); X = scaleOf(spec.x, box.l, box.r); Y = scaleOf(spec.y, box.b, box.t);
-    const c = fit(canvas, w, spec.height);
+    high = Math.round(spec.height * Math.max(1, Math.min(1.5, w / 800)));  // a wide drawing is higher, too
+    const c = fit(canvas, w, high), texts = [];
+    box = boxOf(c, spec, w, high); X = scaleOf(spec.x, box.l, box.r); Y = scaleOf(spec.y, box.b, box.t);
     grid(c, spec, X, Y, box);
     c.save(); c.beginPath(); c.rect(box.l, box.t, box.r - box.l, box.b - box.t); c.clip();
-    for (const l of spec.layers) LAYERS[l.kind](c, l, X, Y, R, pixels, lut, box);
+    for (const l of spec.layers) LAYERS[l.kind](c, l, X, Y, R, pixels, lut, box, texts);
     c.restore();
-    axes(c, spec, X, Y, box);
+    axes(c, spec, X, Y, box, texts); canvas.texts = texts;
     title.textContent = spec.title; canvas.setAttribute('aria-label', spec.aria);
     names(); cursor(at, false);
     canvas.dataset.frame = model.get('frame'); canvas.dataset.time = performance.now();
@@ -222,8 +268,8 @@ function render({ model, el }) {
   }
   function cursor(x, tell = true) {
     at = x;
-    if (!spec) return;
-    const c = fit(over, stack.clientWidth, spec.height), shown = spec.layers.filter(l => l.name);
+    if (!spec || !box) return;
+    const c = fit(over, stack.clientWidth, high), shown = spec.layers.filter(l => l.name);
     const inside = x != null && x >= spec.x.lim[0] && x <= spec.x.lim[1];
     if (inside) { c.strokeStyle = '#111'; c.lineWidth = 1; c.setLineDash([2, 2]); c.beginPath(); c.moveTo(X(x), box.t);
       c.lineTo(X(x), box.b); c.stroke(); }

@@ -1,5 +1,24 @@
 function node(tag, parent, text, cls) { const e = document.createElement(tag); if (text) e.textContent = text;
   if (cls) e.className = cls; parent.append(e); return e; }
+function named(dash) {  // ipywidgets' sliders and readouts carry no name of their own
+  for (const box of dash.querySelectorAll('[class*="aasp-field-"]')) {
+    const name = (box.querySelector('.widget-label, .widget-label-basic') || box).textContent.trim();
+    for (const e of box.querySelectorAll('.noUi-handle, .widget-readout, select, input, textarea'))
+      if (name && e.getAttribute('aria-label') !== name) e.setAttribute('aria-label', name);
+  }
+}
+function land(dash) {  // JupyterLab scrolls to the last cell that ran; the dashboard is what was asked for
+  if (!dash.closest('.jp-NotebookPanel')) return () => {};
+  const stop = new AbortController(), watch = new ResizeObserver(() => align());
+  const align = () => { if (!stop.signal.aborted) dash.scrollIntoView({ block: 'start' }); };
+  const done = () => { stop.abort(); watch.disconnect(); };
+  for (const e of ['wheel', 'pointerdown', 'keydown', 'touchstart'])
+    window.addEventListener(e, done, { capture: true, passive: true, signal: stop.signal });
+  watch.observe(dash);
+  for (const t of [0, 100, 300, 700, 1500]) setTimeout(align, t);
+  setTimeout(done, 3000);
+  return done;
+}
 function render({ model, el }) {
   const bar = node('div', el, '', 'aasp-bar');
   node('h2', bar, model.get('title'));
@@ -16,16 +35,26 @@ function render({ model, el }) {
     if (f) model.send({ kind: 'load', name: f.name, text: await f.slice(0, 1e6).text() }); file.value = ''; };
   button('Load state\u2026', () => file.click(), 'Load a state saved before');
   const busy = node('span', bar, '', 'aasp-busy'); busy.setAttribute('aria-live', 'polite');
+  const notice = node('div', el, '', 'aasp-notice'); notice.setAttribute('role', 'status');
   const error = node('div', el, '', 'aasp-error'); error.setAttribute('role', 'alert');
+  const say = (box, text) => { box.textContent = text; box.style.display = text ? '' : 'none'; };
   const show = () => { pick.value = model.get('preset');
     busy.textContent = model.get('busy') ? '\u23F3 ' + model.get('busy') : '';
-    error.textContent = model.get('error'); error.style.display = model.get('error') ? '' : 'none'; };
+    say(notice, model.get('notice')); say(error, model.get('error')); };
   const saved = m => { if (m.kind !== 'saved') return;
     const a = document.createElement('a');
       a.href = URL.createObjectURL(new Blob([m.text], { type: 'application/json' }));
     a.download = m.name; a.click(); setTimeout(() => URL.revokeObjectURL(a.href), 1000); };
-  model.on('change:preset', show); model.on('change:busy', show); model.on('change:error', show);
-    model.on('msg:custom', saved);
+  for (const n of ['preset', 'busy', 'error', 'notice']) model.on('change:' + n, show);
+  model.on('msg:custom', saved);
   show();
+  let watch, landed = () => {};
+  const inside = requestAnimationFrame(function look() {
+    const dash = el.closest('.aasp-dash');
+    if (!dash) { if (el.isConnected) requestAnimationFrame(look); return; }
+    named(dash); landed = land(dash);
+    watch = new MutationObserver(() => named(dash)); watch.observe(dash, { childList: true, subtree: true });
+  });
+  return () => { cancelAnimationFrame(inside); if (watch) watch.disconnect(); landed(); };
 }
 export default { render };
