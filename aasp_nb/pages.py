@@ -83,6 +83,7 @@ def voila_command(
     home,              # folder for the templates; made when missing
     port=8866,         # TCP port on 127.0.0.1
     token="",          # asked for when not empty
+    ready=True,        # keep a kernel ready for each notebook
 ):  # -> (list, dict): command line and environment to run it in
     "How to serve dashboards with Voila, offline, on this machine only."
     template = Path(home) / "voila" / "templates" / "aasp"
@@ -92,7 +93,7 @@ def voila_command(
     (template / "tree-lab.html").write_text("{% raw %}" + listing + "{% endraw %}", encoding="utf-8")
     (template / "conf.json").write_text('{"base_template": "lab"}', encoding="utf-8")
     command = [sys.executable, "-m", "voila", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1",
-               "--template=aasp", "--preheat_kernel=True",
+               "--template=aasp", f"--preheat_kernel={ready}",
                *(f"--VoilaConfiguration.extension_allowlist={n}" for n in VOILA_EXTENSIONS), f"--token={token}",
                str(path)]
     paths = [str(home)] + ([os.environ["JUPYTER_PATH"]] if os.environ.get("JUPYTER_PATH") else [])
@@ -168,7 +169,7 @@ def serve(
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         inner = s.getsockname()[1]
-    command, env = voila_command(path, Path(home).expanduser(), inner)
+    command, env = voila_command(path, Path(home).expanduser(), inner, ready=path.is_file())  # four kernels at once take turns
     print(f"http://127.0.0.1:{port}\nThe page answers now; dashboards open when Voila has started, some seconds from now. "
           "Ctrl-C ends it.", flush=True)
     return asyncio.run(_serve(path, command, env, port, inner))
