@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'PALETTE', 'UPLOAD', 'CSS', 'LIMIT', 'colour_map', 'StateError', 'Field', 'coerce', 'check_state',
-           'read_state', 'notebook_state', 'upload_name', 'split_upload', 'check_upload', 'axis', 'Scene', 'asset',
-           'Plot', 'Together', 'Toolbar', 'Upload', 'Sound', 'Latest', 'control', 'heading', 'row', 'arranged',
-           'Dashboard']
+           'read_state', 'Step', 'check_tour', 'notebook_state', 'upload_name', 'split_upload', 'check_upload', 'axis',
+           'Scene', 'asset', 'Plot', 'Together', 'Toolbar', 'Upload', 'as_wav', 'Player', 'Latest', 'control',
+           'heading', 'row', 'arranged', 'Dashboard']
 
 # %% ../nbs/exhibits/17_dashboards.ipynb #ab327c55
 import ast
@@ -110,6 +110,28 @@ def read_state(
     except ValueError as e:
         raise StateError(f"this file is not JSON ({e}); expected one saved by 'Save state'") from None
     return check_state(fields, given)
+
+# %% ../nbs/exhibits/17_dashboards.ipynb #1210d3b4
+@dataclass(frozen=True)
+class Step:
+    "One step of a tour."
+    preset: str      # name of the preset that answers
+    plot: str        # name of the drawing to look at
+    ask: str         # the question
+    options: tuple   # what can be guessed
+    answer: int      # which of them is right
+    look: str        # what is to be seen
+
+def check_tour(
+    tour,     # of `Step`
+    presets,  # of the dashboard
+    plots,    # names of its drawings
+):
+    "Raise `StateError` for a step that cannot be taken."
+    for s in tour:
+        if s.preset not in presets: raise StateError(f"the tour wants the preset {s.preset!r}, which does not exist")
+        if s.plot not in plots: raise StateError(f"the tour wants the drawing {s.plot!r}, which does not exist")
+        if not 0 <= s.answer < len(s.options): raise StateError(f"no option {s.answer} answers {s.ask!r}")
 
 # %% ../nbs/exhibits/17_dashboards.ipynb #495b2510
 def notebook_state(
@@ -361,6 +383,8 @@ class Plot(anywidget.AnyWidget):
     clicked = T.Dict().tag(sync=True)                    # n, x, y of the last click, and what was hit: pick, index
     report = T.Bool(False).tag(sync=True)                # tell Python where the cursor is
     cursor = T.Float(None, allow_none=True).tag(sync=True)  # x under the cursor, when reported
+    marked = T.Bool(False).tag(sync=True)                # a frame around the drawing
+    drag = T.Bool(False).tag(sync=True)                  # a drag is told like a row of clicks
     stride = T.Float(0.0).tag(sync=True)                 # step of the arrow keys along x; 0: a hundredth of the axis
 
     def show(self, scene):
@@ -399,6 +423,7 @@ class Toolbar(anywidget.AnyWidget):
     _esm, _css = asset("toolbar.js"), CSS
     title = T.Unicode("").tag(sync=True)
     presets = T.List(T.Unicode()).tag(sync=True)
+    tour = T.List().tag(sync=True)          # see `Step`
     preset = T.Unicode("").tag(sync=True)   # the chosen one; empty when the state is the reader's own
     busy = T.Unicode("").tag(sync=True)     # what is being computed
     error = T.Unicode("").tag(sync=True)    # shown in a box; empty hides it
@@ -413,18 +438,21 @@ class Upload(anywidget.AnyWidget):
     label = T.Unicode("").tag(sync=True)
     accept = T.Unicode("").tag(sync=True)  # kinds of file, as in HTML
     part = T.Int(1 << 20).tag(sync=True)   # bytes of a message
+    record = T.Float(0.0).tag(sync=True)   # seconds that a second button records from the microphone; 0: no such button
 
     def __init__(
         self,
         take,  # function of a list of dicts: name, and content (bytes)
+        fail=None,  # function of an error, for what the browser could not do
         **traits,
     ):
         super().__init__(**traits)
-        self.take, self.parts = take, []
+        self.take, self.fail, self.parts = take, fail, []
         self.on_msg(self.receive)
 
     def receive(self, _, content, buffers):
         "One part; the last one hands the file over, and one that is too large is not asked for to its end."
+        if "failed" in content: return self.fail(StateError(content["failed"]))
         if content["at"] == 0: self.parts = []
         self.parts.append(bytes(buffers[0]) if buffers else b"")
         at = sum(map(len, self.parts))
@@ -435,28 +463,41 @@ class Upload(anywidget.AnyWidget):
         self.send(dict(id=content["id"], at=at, done=done))
 
 # %% ../nbs/exhibits/17_dashboards.ipynb #27855afd
-class Sound(anywidget.AnyWidget):
-    "A play button with a volume that starts at a quarter; nothing plays until it is pressed."
-    _esm, _css = asset("sound.js"), CSS
-    wav = T.Bytes(b"").tag(sync=True)
-    label = T.Unicode("").tag(sync=True)
-    plays = T.Int(0).tag(sync=True)  # raised after a click of the reader that asks for the sound: it plays once
+def as_wav(
+    wave,      # [S] float samples
+    sr,        # samples per second
+    peak=0.5,  # largest magnitude that is written
+):  # -> bytes: a 16-bit wav
+    "A waveform as a file: its peak is limited, its ends are faded over 5 ms, broken samples are silence."
+    x = np.nan_to_num(np.asarray(wave, np.float32).ravel())
+    x = x * min(1.0, peak / max(float(np.abs(x).max(initial=0.0)), 1e-9))
+    n = min(len(x) // 2, int(0.005 * sr))
+    ramp = np.ones_like(x)
+    if n: ramp[:n], ramp[-n:] = np.linspace(0, 1, n), np.linspace(1, 0, n)
+    out = io.BytesIO()
+    soundfile.write(out, x * ramp, int(sr), format="WAV", subtype="PCM_16")
+    return out.getvalue()
+
+class Player(anywidget.AnyWidget):
+    "One player with one volume for several sounds; another one, or a new version, goes on where the last one was."
+    _esm, _css = asset("player.js"), CSS
+    tracks = T.List(T.Unicode()).tag(sync=True)  # names, one button each
+    once = T.List(T.Unicode()).tag(sync=True)    # those that are not repeated
+    # of each track; empty: its button is off
+    wav0, wav1, wav2, wav3, wav4, wav5, wav6, wav7 = (T.Bytes(b"").tag(sync=True) for _ in range(8))
+    playing = T.Unicode("").tag(sync=True)       # what is heard now; empty: nothing
+    asked = T.Dict().tag(sync=True)              # n, track: set after a click of the reader that asks for a sound
 
     def load(
         self,
-        wave,      # [S] float samples
-        sr,        # samples per second
-        peak=0.5,  # largest magnitude that is written
+        sounds,  # dict: name -> (array [S], samples per second)
     ):
-        "Take a waveform: its peak is limited, its ends are faded over 5 ms."
-        x = np.nan_to_num(np.asarray(wave, np.float32).ravel())
-        x = x * min(1.0, peak / max(float(np.abs(x).max(initial=0.0)), 1e-9))
-        n = min(len(x) // 2, int(0.005 * sr))
-        ramp = np.ones_like(x)
-        if n: ramp[:n], ramp[-n:] = np.linspace(0, 1, n), np.linspace(1, 0, n)
-        out = io.BytesIO()
-        soundfile.write(out, x * ramp, int(sr), format="WAV", subtype="PCM_16")
-        self.wav = out.getvalue()
+        "Take new versions of some of the sounds."
+        for n, (x, sr) in sounds.items(): setattr(self, f"wav{self.tracks.index(n)}", as_wav(x, sr))
+
+    def ask(self, track):
+        "Play a sound once more; only after a click."
+        self.asked = dict(n=self.asked.get("n", 0) + 1, track=track)
 
 # %% ../nbs/exhibits/17_dashboards.ipynb #abee8177
 class Latest:
@@ -523,7 +564,7 @@ def arranged(
 # %% ../nbs/exhibits/17_dashboards.ipynb #7f3e9e6d
 class Dashboard:
     "State, controls and drawing of one dashboard; subclasses give `fields`, `presets`, `compute`, `draw` and `layout`."
-    title, fields, presets = "", {}, {}
+    title, fields, presets, tour = "", {}, {}, ()
     free = ()  # fields that do not decide which preset is shown
     opens = {}  # field of a path -> values of other fields with which it counts: typing a path sets them
     uploaded = ""  # the field of `opens` that names an uploaded file
@@ -535,12 +576,14 @@ class Dashboard:
     ):
         self.group, self.result, self.first = f"aasp-{uuid.uuid4().hex[:8]}", None, check_state(self.fields, state)
         self.state = dict(self.first)
-        self.toolbar = Toolbar(title=self.title, presets=list(self.presets))
+        self.toolbar = Toolbar(title=self.title, presets=list(self.presets), tour=[dict(vars(s)) for s in self.tour])
         self.toolbar.on_msg(self._message)
         self.controls = {n: control(n, f) for n, f in self.fields.items()}
         self.redraw, self.pool, self.setting = Latest(self.refresh), ThreadPoolExecutor(1), False
         self.uploads = {}  # `upload_name` -> what `decode` made of the file
+        self.plots = {}
         self.build()
+        check_tour(self.tour, self.presets, self.plots)
         for n, c in self.controls.items():
             if n not in self.late: c.value = self.state[n]
             c.observe(lambda change, n=n: self._changed(n, change["new"]), "value")
@@ -550,11 +593,11 @@ class Dashboard:
         self.widget.add_class("aasp-dash")
         self.refresh()
 
-    def build(self): "Make plots and extra controls."
+    def build(self): "Make plots (`self.plots`, by name) and extra controls."
     def drawn(self):
         "The widgets that a redraw changes: every plot and HTML among the attributes."
         parts = [p for v in vars(self).values() for p in (v.values() if isinstance(v, dict) else [v])]
-        return [p for p in parts if isinstance(p, (Plot, W.HTML, Sound))]
+        return [p for p in dict.fromkeys(parts) if isinstance(p, (Plot, W.HTML, Player))]
     def layout(self): return W.VBox([self.toolbar, *self.controls.values()])
     def compute(self, state): raise NotImplementedError
     def draw(self, result): raise NotImplementedError
@@ -621,15 +664,24 @@ def upload_button(
     self: Dashboard,
     label,   # on the button
     accept,  # kinds of file, as in HTML
+    record=0.0,  # seconds to record with a second button; 0: no such button
 ):  # -> Upload
     "A button that hands files to `take`."
-    return Upload(self.take, label=label, accept=accept)
+    return Upload(self.take, self.fail, label=label, accept=accept, record=float(record))
 
 # %% ../nbs/exhibits/17_dashboards.ipynb #36649db3
 @patch
 def fail(self: Dashboard, error):
     "Show an error inside the dashboard."
     self.toolbar.error = str(error) if isinstance(error, StateError) else f"{type(error).__name__}: {error}"
+
+# %% ../nbs/exhibits/17_dashboards.ipynb #c988d7be
+@patch
+def guide(self: Dashboard, step):
+    "Take a step of the tour: its preset is shown and its drawing marked; -1: no drawing is marked."
+    marked = self.tour[step].plot if step >= 0 else None
+    for n, p in self.plots.items(): p.marked = n == marked
+    if marked: self.update(**{**self.first_state(), **self.presets[self.tour[step].preset]})
 
 # %% ../nbs/exhibits/17_dashboards.ipynb #9dd32541
 @patch
@@ -678,8 +730,9 @@ def load(self: Dashboard, path):
 def _message(self: Dashboard, _, content, buffers):
     try:
         kind = content.get("kind")
-        if kind == "reset": self.update(**self.first)
+        if kind == "reset": self.guide(-1), self.update(**self.first)
         elif kind == "preset": self.update(**{**self.first_state(), **self.presets[content["name"]]})
+        elif kind == "tour": self.guide(content["step"])
         elif kind == "load": self.update(**read_state(self.fields, content["text"]))
         elif kind == "save":
             name = self.title.lower().replace(" ", "_") + ".json"

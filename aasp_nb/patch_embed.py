@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['sincos_axis', 'sincos_positions', 'resize_positions', 'patch_grid', 'as_logmel', 'as_padding', 'check_visible',
-           'gather_tokens', 'patchify', 'StandardPatchEmbed', 'initial_raw', 'init_linear', 'key_mask', 'LambdaBlock',
-           'LambdaEncoder', 'FixedParameters', 'frame_moments', 'pool_rows', 'moment_weights', 'group_statistics',
-           'patch_statistics', 'row_linear', 'fuse_tail', 'hide_masked', 'check_choices', 'patch_padding',
-           'pointwise_last', 'GroupedPointwise', 'AdaptiveSBLU', 'PatchFusion', 'AaPE', 'count_parameters']
+           'gather_tokens', 'patchify', 'StandardPatchEmbed', 'initial_raw', 'init_linear', 'key_mask', 'Attention',
+           'Mlp', 'LambdaBlock', 'LambdaEncoder', 'FixedParameters', 'frame_moments', 'pool_rows', 'moment_weights',
+           'group_statistics', 'patch_statistics', 'row_linear', 'fuse_tail', 'hide_masked', 'check_choices',
+           'patch_padding', 'pointwise_last', 'GroupedPointwise', 'AdaptiveSBLU', 'PatchFusion', 'AaPE',
+           'count_parameters']
 
 # %% ../nbs/method/03_patch_embed.ipynb #321de818
 import torch
@@ -188,28 +189,51 @@ def key_mask(
     return None if keys is None else (keys | ~keys.any(-1, keepdim=True))[:, None, None]
 
 # %% ../nbs/method/03_patch_embed.ipynb #5d0b7a1c
-class LambdaBlock(nn.Module):
-    "Pre-norm ViT block, its parameters named as in timm's; written out, since importing timm takes over a second."
+class Attention(nn.Module):
+    "Multi-head self-attention, its parameters named and ordered as in timm's."
     def __init__(self,
         dim: int, # width d, divisible by num_heads
         num_heads: int, # attention heads
     ):
         super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
+        self.num_heads, self.qkv, self.proj = num_heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self,
+        x: torch.Tensor, # [V, n, d]
+        attn_mask: torch.Tensor | None = None, # bool [V, 1, 1, n], True for keys that may be attended to
+    ) -> torch.Tensor: # [V, n, d]
+        V, n, d = x.shape
+        qkv = self.qkv(x).reshape(V, n, 3, self.num_heads, d // self.num_heads)
+        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), attn_mask=attn_mask)
+        return self.proj(y.transpose(1, 2).reshape(V, n, d))
+
+class Mlp(nn.Module):
+    "Two layers with GELU between them, their parameters named as in timm's."
+    def __init__(self,
+        dim: int, # width of input and output
+        hidden: int, # inner width
+    ):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: return self.fc2(F.gelu(self.fc1(x))) # [..., dim]
+
+class LambdaBlock(nn.Module):
+    "Pre-norm ViT block."
+    def __init__(self,
+        dim: int, # width d, divisible by num_heads
+        num_heads: int, # attention heads
+    ):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, 4 * dim)
 
     def forward(self,
         x: torch.Tensor, # [V, n, d]
         mask: torch.Tensor | None = None, # bool [V, 1, 1, n], True for keys that may be attended to
     ) -> torch.Tensor: # [V, n, d]
-        V, n, d = x.shape
-        qkv = self.attn["qkv"](self.norm1(x)).reshape(V, n, 3, self.num_heads, d // self.num_heads)
-        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), attn_mask=mask)
-        x = x + self.attn["proj"](y.transpose(1, 2).reshape(V, n, d))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
 
 # %% ../nbs/method/03_patch_embed.ipynb #1a030295
 class LambdaEncoder(nn.Module):

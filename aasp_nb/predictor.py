@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .patch_embed import Mlp
 from .patching import patch
 
 # %% ../nbs/method/06_predictor.ipynb #d6e94964
@@ -50,7 +51,6 @@ class CrossAttentionBlock(nn.Module):
         mlp_ratio:float=4., # hidden width of the MLP over dim
     ):
         super().__init__()
-        from timm.layers import Mlp  # here: importing timm takes over a second
         self.norm1, self.attn = nn.LayerNorm(dim), CrossAttention(dim, context_dim, num_heads)
         self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, int(dim*mlp_ratio))
 

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]  # a microphone that beeps
 NOISE = (  # console errors that are not ours: (pattern, why it is harmless)
     (r"favicon\.ico", "the server has no icon for this path"),
     (r"ResizeObserver loop", "Chromium's notice that a layout took two passes"),

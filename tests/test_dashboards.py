@@ -12,11 +12,11 @@ import browser
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = ROOT / "nbs" / "dashboards"
 HANDLES = dict(windows="tone", patch_parameters="band", ablations="row", alias_lab="rate")  # a slider of each dashboard
-STATES = dict(windows=dict(normalization="gain", tone=1.5, phase="signed"),
+STATES = dict(windows=dict(normalization="peak", tone=1.5, offset=-0.7),
               patch_parameters=dict(checkpoint="untrained", band=1),
               ablations=dict(table="VII", view="score", row=1),
               alias_lab=dict(rate=9.0, hop=8, channel="average"))
-PRINTED = dict(windows="unit gain|gain", patch_parameters="untrained, this clip", ablations="K 127", alias_lab="above 6.25 Hz")
+PRINTED = dict(windows="gradient at 0.70 rad", patch_parameters="untrained, this clip", ablations="K 127", alias_lab="above 6.25 Hz")
 MODULES = dict(windows="window_dashboard", patch_parameters="patch_dashboard", ablations="ablation_dashboard",
                alias_lab="alias_lab")
 pytestmark = pytest.mark.browser
@@ -85,7 +85,7 @@ def test_page(server, name, tmp_path):
         page.press(handle, "ArrowRight", 2)  # by key
         after_keys = page.settle()
         assert readout(page, field) > old and after_keys[0] > first[0], "a key did not move the drawing"
-        page.drag(handle, -60)  # by mouse
+        page.drag(handle, -95)  # by mouse
         after_drag = page.settle()
         assert readout(page, field) != old and after_drag[0] > after_keys[0], "the mouse did not move the drawing"
         if name != "patch_parameters": assert numbers(page) != old_numbers, "the numbers did not follow"
@@ -114,9 +114,30 @@ def test_page(server, name, tmp_path):
         with page.page.expect_download() as download: page.page.get_by_role("button", name="Save state").click()
         saved = json.loads(Path(download.value.path()).read_text())
         assert saved[field] == old
+        take_tour(page)
         extra(name, page, tmp_path)
         assert page.errors == [], page.errors[:3]
         assert page.external == [], page.external[:3]
+
+
+def take_tour(page):
+    "Answers every question with the first option; each shows a setting of its own and marks one drawing."
+    box, seen = page.page.locator(".aasp-tour"), []
+    box.get_by_role("button", name="Start the tour").click()
+    while True:
+        assert page.page.locator(".aasp-look").count() == 0, "the answer stands before the guess"
+        box.locator(".aasp-bar").first.get_by_role("button").first.click()
+        assert wait_for(page, lambda: page.page.locator(".aasp-marked").count() == 1), "no drawing is marked"
+        page.settle()
+        assert re.match("Yes|Not quite", page.page.locator(".aasp-look").inner_text()) and error(page) == ""
+        seen.append(page.page.locator(".aasp-bar select option:checked").inner_text())
+        if not box.get_by_role("button", name="Next").count(): break
+        box.get_by_role("button", name="Next").click()
+    assert "own setting" not in seen and len(seen) >= 2 and page.faults() == []
+    box.get_by_role("button", name="End the tour").click()
+    assert wait_for(page, lambda: page.page.locator(".aasp-marked").count() == 0)
+    page.page.get_by_role("button", name="Reset").click()
+    page.settle()
 
 
 def extra(name, page, tmp_path):
@@ -146,16 +167,26 @@ def extra(name, page, tmp_path):
         buttons = page.page.locator(".aasp-sound button")
         assert wait_for(page, lambda: all(b.is_enabled() for b in buttons.all()), 10), "the sounds did not follow"
         assert all("Play" in t for t in buttons.all_inner_texts()), "sound must not play by itself"
-        played = lambda i: page.page.locator(".aasp-sound").nth(i).get_attribute("data-plays")
-        for i in (1, 2):  # before and after
+        player = page.page.locator(".aasp-sound")
+        for i, track in ((1, "before"), (2, "after patching"), (4, "SBLU")):  # switched while one plays, never two at once
             buttons.nth(i).click()
-            assert wait_for(page, lambda: played(i) == "1", 10), "the envelope does not play"
+            assert wait_for(page, lambda: player.get_attribute("data-playing") == track, 10), f"{track} does not play"
+            assert sum("Stop" in t for t in buttons.all_inner_texts()) == 1
+        plays = int(player.get_attribute("data-plays"))
+        page.press(".aasp-field-carrier .noUi-handle", "ArrowRight", 3)  # what is heard follows the slider
+        assert wait_for(page, lambda: int(player.get_attribute("data-plays")) > plays, 10), "the sound does not follow"
+        assert player.get_attribute("data-playing") == "SBLU"
+        buttons.nth(4).click()
+        assert wait_for(page, lambda: player.get_attribute("data-playing") == "", 10), "the sound does not stop"
         page.page.locator(".aasp-over").first.scroll_into_view_if_needed()
         box = page.page.locator(".aasp-over").first.bounding_box()
         page.page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.6)
         assert wait_for(page, lambda: readout(page, "at") > 2), "the click chose no patch"
-        assert wait_for(page, lambda: played(4) == "1", 10), "the patch that was clicked does not play"
-        assert readout(page, "band") >= 0 and played(0) is None, "the click chose no band, or played too much"
+        assert wait_for(page, lambda: player.get_attribute("data-last") == "patch", 10), "the patch that was clicked does not play"
+        assert readout(page, "band") >= 0, "the click chose no band"
+        page.page.locator(".aasp-record").click()  # the browser's own microphone beeps
+        assert wait_for(page, lambda: "microphone.wav#" in shows(page, "path"), 60), f"no recording: {error(page)}"
+        assert wait_for(page, lambda: re.search(r"microphone\.wav: [56]\.\d\d s", page.page.locator(".aasp-notice").inner_text()))
     if name == "ablations":
         page.page.get_by_role("button", name="Reset").click()
         wait_for(page, lambda: error(page) == "")
@@ -179,11 +210,11 @@ def saved_state(page):
     return json.loads(Path(download.value.path()).read_text())
 
 
-def sound_file(path, seconds, rate=16000, cut=None):
+def sound_file(path, seconds, rate=16000, cut=None, channels=1):
     "A tone of 700 Hz that swings three times a second; `cut`: only so many bytes of the file."
     import numpy as np, soundfile
     t = np.arange(int(seconds * rate)) / rate
-    soundfile.write(path, 0.3 * np.sin(4400 * t) * (1 + 0.5 * np.sin(19 * t)), rate)
+    soundfile.write(path, np.repeat((0.3 * np.sin(4400 * t) * (1 + 0.5 * np.sin(19 * t)))[:, None], channels, 1), rate)
     if cut: path.write_bytes(path.read_bytes()[:cut])
     return path
 
@@ -209,8 +240,9 @@ def test_every_control_after_an_upload(name, tmp_path):
             other, words = tmp_path / "other.csv", "my own runs"
             other.write_text(mine.read_text().replace("my own", "your own"))
         else:
-            mine = sound_file(tmp_path / "mine.wav", 60)
-            other, words = sound_file(tmp_path / "other.wav", 4, 8000), "60.00 s at 16000 Hz; only the first 6.08 s"
+            mine = sound_file(tmp_path / "mine.wav", 90, 44100, channels=2)  # 16 MB: more than a server takes at once
+            other = sound_file(tmp_path / "other.wav", 4, 8000)
+            words = "90.00 s at 44100 Hz; the mean of its 2 channels; only the first 6.08 s"
         text = lambda: page.page.locator(".aasp-dash").inner_text()
         def uploaded():
             page.upload(mine)

@@ -30,6 +30,37 @@ print("scene", tuple(load_model(DEMO).embed(torch.zeros(16000), 16000).scene.sha
 """
 
 
+LEAN = """
+import sys, traceback
+ALLOWED = {"aasp_nb", "torch", "torchaudio", "numpy", "soundfile", "safetensors"}
+class Only:
+    "Refuses what the package itself asks for beside the five; what they need of their own is theirs."
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        if top in ALLOWED or top in sys.stdlib_module_names: return None
+        asks = [f.filename for f in traceback.extract_stack()[:-1] if "importlib" not in f.filename]
+        if asks and "aasp_nb" in asks[-1].split("/")[-2:-1]: raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Only())
+from aasp_nb.clips import write_clips
+from aasp_nb.encoders import AaSPEncoder, load_encoder
+from aasp_nb.pretraining import pretrain
+data = write_clips(sys.argv[1] + "/clips", per_class=1, seed=0, seconds=1.0)
+out = pretrain("nano", data, sys.argv[1] + "/run", device="cpu", progress="text", monitor=data, workers=0)
+assert out["status"] == "finished", out
+print(AaSPEncoder(*load_encoder(sys.argv[1] + "/run")).embed(__import__("torch").zeros(16000), 16000).scene.shape)
+try: import timm
+except ModuleNotFoundError: print("nothing else")  # asked for by this script, not by the package: timm is there
+else: print("nothing else was asked for")
+"""
+
+
+def test_training_needs_five_packages(tmp_path):
+    "torch, torchaudio, numpy, soundfile, safetensors: pre-training with a monitor, and opening what it made."
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "AASP_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", LEAN, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=900)
+    assert done.returncode == 0 and "nothing else was asked for" in done.stdout, (done.stdout + done.stderr)[-3000:]
+
+
 def run(*command, **kwargs):
     "Run a command; its output stands in the failure."
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=900, **kwargs)
@@ -43,6 +74,7 @@ def built(tmp_path_factory):
     home = tmp_path_factory.mktemp("package")
     tree = home / "tree"
     shutil.copytree(ROOT / "aasp_nb", tree / "aasp_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    for kind in ("runs", "dashboards", "lessons"): shutil.copytree(ROOT / "nbs" / kind, tree / "nbs" / kind)
     for name in ("setup.py", "settings.ini", "constraints.txt", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     run(sys.executable, "setup.py", "-q", "sdist", "-d", home / "dist", cwd=tree)
@@ -59,6 +91,10 @@ def test_assets_are_in_both(built):
     with tarfile.open(source) as t: names = [n.partition("/")[2] for n in t.getnames()]
     with zipfile.ZipFile(wheel) as z: packed = z.namelist()
     assert len(ASSETS) >= 7 and not set(ASSETS) - set(names) and not set(ASSETS) - set(packed)
+    with zipfile.ZipFile(wheel) as z:
+        for kind in ("runs", "dashboards", "lessons"):  # copies of what lies in nbs, made when the wheel is built
+            have = {Path(n).name: z.read(n) for n in packed if f"assets/notebooks/{kind}/" in n}
+            assert have == {p.name: p.read_bytes() for p in (ROOT / "nbs" / kind).glob("*.ipynb")} and have
     assert not [n for n in packed if n.startswith(("nbs/", "tests/", "figures/")) or "__pycache__" in n]
     with zipfile.ZipFile(wheel) as z:
         assert "aasp = aasp_nb.cli:main" in z.read(next(n for n in packed if n.endswith("entry_points.txt"))).decode()

@@ -288,7 +288,11 @@ function render({ model, el }) {
     model.save_changes();
   }
 
-  over.addEventListener('pointermove', e => { const p = place(e); cursor(within(p) ? X.inv(p[0]) : null); });
+  let pulled = null;
+  over.addEventListener('pointermove', e => { const p = place(e); cursor(within(p) ? X.inv(p[0]) : null);
+    if (!model.get('drag') || !(e.buttons & 1) || !within(p)) return;
+    if (pulled === null) requestAnimationFrame(() => { click(...pulled); pulled = null; });  // one message for a drawing
+    pulled = p; });
   over.addEventListener('pointerleave', () => cursor(null));
   over.addEventListener('click', e => { click(...place(e)); canvas.focus({ preventScroll: true }); });
   canvas.addEventListener('keydown', e => {
@@ -306,8 +310,11 @@ function render({ model, el }) {
   const redraw = () => { listen(); draw(); };
   model.on('change:frame', redraw);
   const watch = new ResizeObserver(() => draw()); watch.observe(stack);
+  const mark = () => root.classList.toggle('aasp-marked', model.get('marked'));
+  model.on('change:marked', mark); mark();
+  if (model.get('drag')) over.style.cursor = 'ew-resize';
   redraw();
-  return () => { watch.disconnect(); model.off('change:frame', redraw);
+  return () => { watch.disconnect(); model.off('change:frame', redraw); model.off('change:marked', mark);
     if (heard) bus.removeEventListener(heard, follow); };
 }
 export default { render };

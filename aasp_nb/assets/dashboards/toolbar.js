@@ -19,6 +19,25 @@ function land(dash) {  // JupyterLab scrolls to the last cell that ran; the dash
   setTimeout(done, 3000);
   return done;
 }
+function guide(model, el) {  // a short tour: a question, a guess, then the setting that answers it and where to look
+  const steps = model.get('tour'), box = node('div', el, '', 'aasp-tour');
+  if (!steps.length) { box.style.display = 'none'; return; }
+  const button = (parent, text, fn) => { const b = node('button', parent, text); b.onclick = fn; return b; };
+  const go = (i, open) => { box.replaceChildren(); box.dataset.step = i; box.dataset.open = open ? 1 : 0;
+    if (i < 0) { node('span', box, 'New here? '); button(box, `Start the tour: ${steps.length} questions`, () => go(0)); return; }
+    const s = steps[i], head = node('div', box), row = node('div', box, '', 'aasp-bar');
+    node('b', head, `${i + 1} of ${steps.length}  `); node('span', head, s.ask);
+    s.options.forEach((text, k) => { const b = button(row, text, () => { model.send({ kind: 'tour', step: i }); go(i, k + 1); });
+      if (open) { b.disabled = true; b.textContent = (k === s.answer ? '\u2713 ' : open === k + 1 ? '\u2717 ' : '') + text; } });
+    if (open) { const said = node('div', box, '', 'aasp-look'); said.setAttribute('role', 'status');
+      node('b', said, open === s.answer + 1 ? 'Yes. ' : 'Not quite. '); node('span', said, 'Look at the marked drawing: ' + s.look); }
+    const foot = node('div', box, '', 'aasp-bar');
+    if (i) button(foot, 'Back', () => go(i - 1));
+    if (i + 1 < steps.length) button(foot, 'Next', () => go(i + 1));
+    button(foot, 'End the tour', () => { model.send({ kind: 'tour', step: -1 }); go(-1); });
+  };
+  go(-1);
+}
 function render({ model, el }) {
   const bar = node('div', el, '', 'aasp-bar');
   node('h2', bar, model.get('title'));
@@ -35,6 +54,7 @@ function render({ model, el }) {
     if (f) model.send({ kind: 'load', name: f.name, text: await f.slice(0, 1e6).text() }); file.value = ''; };
   button('Load state\u2026', () => file.click(), 'Load a state saved before');
   const busy = node('span', bar, '', 'aasp-busy'); busy.setAttribute('aria-live', 'polite');
+  guide(model, el);
   const notice = node('div', el, '', 'aasp-notice'); notice.setAttribute('role', 'status');
   const error = node('div', el, '', 'aasp-error'); error.setAttribute('role', 'alert');
   const say = (box, text) => { box.textContent = text; box.style.display = text ? '' : 'none'; };
