@@ -20,7 +20,7 @@ help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 # pip says nothing for minutes: a line every 10 seconds with the time and what it does; all of it stands in install.log
-$(VENV)/.ready: settings.ini constraints.txt setup.py
+$(VENV)/.ready: settings.ini constraints.txt setup.py pyproject.toml
 	@echo "Setting up $(VENV): 2 minutes on an idle machine, 5 beside other work, 6 GB the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[dev]' \
