@@ -312,8 +312,8 @@ def _mpl_bars(ax, s, l):
     a, b = np.clip(lo, low, high), np.clip(hi, low, high)
     ax.errorbar(x[ok], y[ok], yerr=[np.maximum(y - a, 0)[ok], np.maximum(b - y, 0)[ok]], fmt="none", ecolor="#222",
                 lw=1, capsize=3)
-    for cut, at, marker in ((lo < low, low, "v"), (hi > high, high, "^")):  # the interval goes on
-        ax.plot(x[cut], np.full(int(cut.sum()), at), marker, color="#222", ms=5, clip_on=False)
+    for cut, at, marker in ((lo < low, 0.98 * low + 0.02 * high, "v"), (hi > high, 0.98 * high + 0.02 * low, "^")):  # it goes on
+        if cut.any(): ax.plot(x[cut], np.full(int(cut.sum()), at), marker, color="#222", ms=5)
 
 # %% ../nbs/exhibits/17_dashboards.ipynb #96d72af4
 def _mpl_picture(ax, s, l):
