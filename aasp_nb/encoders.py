@@ -252,7 +252,7 @@ def mean_of_windows(
 def encode_clips(
     encoder: nn.Module,  # frozen `AudioViT`
     x: torch.Tensor,  # [B, F, T] standardised log-mel
-    padding: torch.Tensor,  # [B, N_t] bool, True where a time patch is wholly padding
+    padding: torch.Tensor,  # [B, N_t] bool, True where a time patch is wholly padding; on the CPU nothing has to be waited for
     window: int | None = None,  # time patches of a window; None: clips of any length are encoded whole
     pooling: str = "cls_mean",  # see `pool_tokens`
     layers=None,  # see `layer_tokens`
@@ -262,10 +262,11 @@ def encode_clips(
     for start, first in window_starts(n, window or n):
         stop = min(start + (window or n), n)
         hide, width = padding[:, start:stop], x.shape[-1] // n
+        some, hide = bool(hide.any()), hide.to(x.device, non_blocking=True)
         left_out = hide.clone()
         left_out[:, :first] = True
         piece = x[..., start * width:stop * width]
-        tokens = layer_tokens(encoder, piece, hide if bool(hide.any()) else None, layers)
+        tokens = layer_tokens(encoder, piece, hide if some else None, layers)
         counts.append((~left_out).sum(1, keepdim=True))
         pooled.append(pool_tokens(tokens, left_out, pooling))
     return mean_of_windows(pooled, counts)

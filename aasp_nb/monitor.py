@@ -176,7 +176,7 @@ def features(self: Monitor,
     device, (x, hide), was = next(encoder.parameters()).device, self.crops[crop], encoder.training
     encoder.eval()
     try:
-        parts = [encode_clips(encoder, a.to(device), h.to(device), self.window, self.pooling)
+        parts = [encode_clips(encoder, a.to(device), h, self.window, self.pooling)
                  for a, h in zip(x.split(self.batch_size), hide.split(self.batch_size))]
     finally: encoder.train(was)
     return torch.cat(parts).float().cpu().numpy()

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .aasp import AaSP, asked_queries, ema_momentum, Masking, ViewMasks
+from .aasp import AaSP, asked_queries, ema_momentum, Masking, send, ViewMasks
 from .augment import Augment, CHANCES
 from .checkpoints import data_sources, write_card
 from .config import AaSPConfig, build, build_augment, build_logmel, build_masking, FrontEnd, PRESETS
@@ -76,7 +76,7 @@ class AaSPLearner(Learner):
         masks = self.masking.draw(n * world, self.model.grid(x),
                                   step_generator(self.seed, step)).rows(slice(rank(), None, world))
         pad, weight = self._padding(masks, self.front.padding(batch["valid_samples"]), self.model.grid(x), n)
-        more = {k: v.to(self.device, non_blocking=True) for k, v in dict(padding=pad, weight=weight).items()
+        more = {k: send(v, self.device) for k, v in dict(padding=pad, weight=weight).items()
                 if v is not None} | (dict(heard=heard) if heard is not x else {})
         return dict(logmel=x, **vars(masks.to(self.device)), **more)
 
@@ -94,10 +94,10 @@ class AaSPLearner(Learner):
 
     def _changed(self, x, batch):
         "The batch as teacher and student hear it."
-        to = lambda k: batch[k].to(self.device, non_blocking=True)
+        to = lambda k: send(batch[k], self.device)
         partner = self.front(to("partner"), batch["partner_samples"]) if self.augment.mix_ratio else None
         padded = batch["valid_samples"] < batch["wave"].shape[-1]
-        return self.augment(x, to("chance"), partner, padded.to(self.device, non_blocking=True))
+        return self.augment(x, to("chance"), partner, send(padded, self.device))
 
     @staticmethod
     def _masks(batch): return ViewMasks(batch["mask"], batch["visible"], batch["queries"])

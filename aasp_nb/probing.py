@@ -130,7 +130,7 @@ def extract_features(
     try:
         for index, waves, valid in _baskets(dataset, _clip_samples(config, frames), batch_size, num_workers):
             x = front(waves.to(device), valid, 1 + waves.shape[-1] // config.hop_length)
-            padding = padding_mask(valid, x.shape[-1], config.hop_length, config.patch_size[1]).to(device)
+            padding = padding_mask(valid, x.shape[-1], config.hop_length, config.patch_size[1])
             h = encode_clips(encoder, x, padding, window, pooling, layers).float().cpu().numpy()
             if out is None: out = np.full((len(dataset), h.shape[1]), np.nan, np.float32)
             out[index], done = h, done + len(index)
