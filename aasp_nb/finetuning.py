@@ -675,7 +675,7 @@ def finetune(
         loader = task_loader(task, begin, workers, pin_memory=device.type == "cuda")
         run.start_metrics(begin)
         with cpu_threads(threads or threads_for(encoder_config.embed_dim, device)):
-            out = fit(learner, loader, run, c.steps, begin, max_steps, guard=Guard(run, floors={}), seconds=seconds, **kw)
+            out = fit(learner, loader, run, c.steps, begin, max_steps, guard=Guard(run), seconds=seconds, **kw)
         return _results(run, learner, task, encoder_config, out | known, fold)
     except torch.OutOfMemoryError as e:
         raise RunError(f"out of memory on {device}: raise accumulation_steps (now {config.accumulation_steps})") from e

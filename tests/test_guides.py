@@ -35,6 +35,7 @@ REDUCED = {
     "runs/figures.ipynb": dict(out_dir="{out}", preset="tiny"),
     "runs/finetune.ipynb": dict(data="{clips}", preset="esc50", frames="64", steps="2", batch_size="4", evaluations="1",
                                 seeds="0", device="cpu", cache="False"),
+    "runs/inspect.ipynb": dict(data="{clips}", preset="nano", max_clips=20, queries=1, seconds=1.0, out_dir="{out}"),
     "runs/linear_probe.ipynb": dict(data="{clips}", checkpoint="modulation", steps=20, seeds="0"),
     "runs/pretrain.ipynb": dict(data="{clips}", depth=1, warmup_steps=1, device="cpu", cache="False", **TINY),
     "runs/reproduce.ipynb": dict(run=True, tables="VI,IV", max_cells=4, device="cpu", out="{out}"),
