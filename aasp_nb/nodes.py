@@ -6,7 +6,7 @@
 __all__ = ['Meeting', 'together', 'by_first', 'alike', 'seen_by_all', 'start_on_nodes']
 
 # %% ../nbs/lab/09c_nodes.ipynb #8829658e
-import contextlib, os, pickle, signal, socket, tempfile, time, uuid
+import os, pickle, signal, socket, tempfile, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import active_children
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from .processes import (_hand_over, _lost_peer, _PARENT, _quiet_launcher, _wait, from_first, gathered, joined, NodeError, PeerError,
-                               ProcessError, rank, route, stop_wanted, StopRequest, world_size)
+from .processes import (_hand_over, _lost_peer, _PARENT, _quiet_launcher, _wait, from_first, gathered, joined, NodeError, ProcessError,
+                               rank, route, stop_wanted, StopRequest)
 
 # %% ../nbs/lab/09c_nodes.ipynb #9f592bc8
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'StopRequest', 'world_size', 'rank', 'largest', 'summed', 'averaged', 'gathered', 'from_first', 'agree',
-           'data_parallel', 'NodeError', 'local_size', 'local_rank', 'route', 'interface', 'joined', 'ProcessError',
-           'PeerError', 'stop_wanted', 'start_processes', 'SideBySide']
+           'data_parallel', 'NodeError', 'launched', 'local_size', 'local_rank', 'route', 'interface', 'joined',
+           'ProcessError', 'PeerError', 'stop_wanted', 'start_processes', 'SideBySide']
 
 # %% ../nbs/lab/09b_processes.ipynb #2028a69b
 import contextlib, json, logging, os, pickle, re, signal, socket, struct, tempfile, time, traceback, uuid
@@ -123,10 +123,16 @@ def data_parallel(
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 # %% ../nbs/lab/09b_processes.ipynb #7b788a5e
+_PARENT = {}  # in a started process: the folder it shares with its parent, and the parent's id
+
 class NodeError(RuntimeError):
     "Processes or machines that do not fit together, or do not find each other; the message names them. All of them raise it."
 
 # %% ../nbs/lab/09b_processes.ipynb #49546c81
+def launched() -> bool:
+    "Has torchrun started this process, as one of a group that it has not joined yet?"
+    return "TORCHELASTIC_RUN_ID" in os.environ and not _PARENT and not (dist.is_available() and dist.is_initialized())
+
 def local_size() -> int:  # at least 1
     "Number of processes that train on this machine."
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -206,8 +212,6 @@ class ProcessError(RuntimeError):
 class PeerError(RuntimeError):
     "Another process has ended, and says why."
 
-
-_PARENT = {}  # in a started process: the folder it shares with its parent, and the parent's id
 
 def stop_wanted() -> str | None:  # one of `REASONS`
     "Does the parent of this process want it to stop, or is it gone?"
