@@ -65,6 +65,8 @@ def main(
         if (args.nodes is None) != (args.endpoint is None): raise ConfigError("several machines need both --nodes and --endpoint")
         if launched() and args.nodes: raise ConfigError("torchrun has started the processes: leave --nodes and --endpoint out")
         if args.nodes: call["meeting"] = Meeting(args.nodes, args.endpoint, args.name, args.minutes)
+        if launched() and os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            print("aasp: with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, a machine that is lost can come back", flush=True)
         out = pretrain(**call)
     except (ValueError, RunError, NodeError, ProcessError) as e:
         print(f"aasp: {e}", *getattr(e, "__notes__", ()), sep="\n", file=sys.stderr, flush=True)

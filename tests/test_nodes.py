@@ -223,6 +223,58 @@ def test_a_machine_that_nobody_joins_gives_up(clips, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def free_job() -> int:
+    "A job number whose port is free."
+    for job in range(os.getpid() % 10000, 20000):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", 20000 + job % 10000))
+            return job
+
+
+SRUN = """import os, signal, subprocess, sys
+n = int(next(a for a in sys.argv if a.startswith("--nodes=")).split("=")[1])
+command = sys.argv[next(i for i, a in enumerate(sys.argv[1:], 1) if not a.startswith("--")):]
+tasks = [subprocess.Popen(command) for _ in range(n)]
+for s in (signal.SIGUSR1, signal.SIGTERM): signal.signal(s, lambda number, frame: [t.send_signal(number) for t in tasks])
+open(os.environ["STARTED"], "a").write("x")
+sys.exit(max(t.wait() for t in tasks))
+"""
+
+
+@pytest.mark.slow
+def test_a_slurm_job_of_two_nodes_queues_itself_again_and_ends_with_the_notebook(clips, tmp_path):
+    "srun and scontrol are stubs: the first starts the command twice here and passes signals on, as srun does."
+    from aasp_nb.cli import slurm_script
+    stubs, run = tmp_path / "bin", tmp_path / "run"
+    stubs.mkdir()
+    (stubs / "srun").write_text(f"#!{sys.executable}\n{SRUN}")
+    (stubs / "scontrol").write_text(f'#!/bin/sh\n[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/queue\n')
+    for f in stubs.iterdir(): f.chmod(0o755)
+    given_ = {k: v for k, v in given(clips, run, steps=400, save_every=1000).items()}
+    (tmp_path / "job.sh").write_text(slurm_script("pretrain", f"{tmp_path}/out.ipynb", given_, nodes=2))
+    env = dict(PATH=f"{stubs}:{os.environ['PATH']}", SLURM_JOB_ID=str(free_job()), SLURM_JOB_NODELIST="here",
+               STARTED=str(tmp_path / "started"), AASP_HOME=str(tmp_path))
+
+    def job(**more):
+        p = subprocess.Popen(["bash", tmp_path / "job.sh"], env={**os.environ, "OMP_NUM_THREADS": "1", **env, **more}, start_new_session=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        STARTED.append(p)
+        return p
+    first = job()
+    end = time.monotonic() + 600
+    while steps(run) < 5 and first.poll() is None and time.monotonic() < end: time.sleep(0.02)
+    os.kill(first.pid, signal.SIGUSR1)  # the batch shell alone
+    text = first.communicate(timeout=600)[0]
+    assert first.returncode == 0 and (tmp_path / "queue").read_text().startswith("requeue "), text
+    assert json.loads((run / "results.json").read_text())["reason"] == "SIGUSR1" and not (tmp_path / "out.ipynb").exists()
+    second = job(SLURM_RESTART_COUNT="1")
+    text = second.communicate(timeout=600)[0]
+    assert second.returncode == 0, text
+    out = json.loads((run / "results.json").read_text())
+    assert out["status"] == "finished" and out["processes"] == 2 and "nothing to do: 400 steps are done" in text
+    assert "finished at step 400" in (tmp_path / "out.ipynb").read_text()
+
+
 def test_what_no_machine_can_do_is_refused_at_once(clips, tmp_path, monkeypatch):
     from aasp_nb.nodes import Meeting
     call = asked(given(clips, tmp_path / "run", processes=8))
