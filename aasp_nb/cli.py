@@ -287,7 +287,7 @@ def _dashboards(args):
 def _slurm(args) -> int:
     "Print a Slurm script that runs a notebook, and again after every time limit."
     check_parameters(find_notebook(args.notebook), _given(args))
-    print(slurm_script(args.notebook, args.out, _given(args), args.array, args.time, args.sbatch or ()))
+    print(slurm_script(args.notebook, args.out, _given(args), args.array, args.time, args.sbatch or (), args.nodes))
     return FINISHED
 
 # %% ../nbs/doors/20_cli.ipynb #a42dee7a
@@ -386,6 +386,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--retries", type=int, default=0, help="start again this often if the kernel is killed")
     run.add_argument("--quiet", action="store_true", help="do not show what the cells print")
     slurm.add_argument("--array", help="tasks, for instance 0-4; {task} in a parameter or in OUT is the task's number")
+    slurm.add_argument("--nodes", type=int, default=1, help="machines that train together (pretrain); processes count on each")
     slurm.add_argument("--time", default="24:00:00", help="time limit of a job")
     slurm.add_argument("--sbatch", action="append", help="a further #SBATCH line, for instance --sbatch=--gres=gpu:1")
     _data_commands(commands), _own_commands(commands)
@@ -417,7 +418,7 @@ _SCRIPT = """#!/bin/bash
 #SBATCH --open-mode=append
 {more}
 task=${{SLURM_ARRAY_TASK_ID:-0}}
-{command} &
+{before}{command} &
 pid=$!
 again=
 trap 'again=1; kill -USR1 $pid' USR1
@@ -428,7 +429,12 @@ while :; do  # wait is cut short by a signal
     kill -0 $pid 2>/dev/null || {{ wait $pid; code=$?; break; }}
 done
 if [ -n "$again" ] && [ $code -eq 75 ]; then scontrol requeue "${{SLURM_JOB_ID}}"; exit 0; fi
-exit $code"""
+{after}exit $code"""
+# the launcher of each node meets the others on the first one; srun passes signals on to all of them
+_FIRST = """first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+"""
+_SRUN = ("srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --kill-on-bad-exit=0 {python} -m aasp_nb.train --nodes {nodes} "
+         '--endpoint "$first:$((20000 + SLURM_JOB_ID % 10000))" --name "$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"')
 
 # %% ../nbs/doors/20_cli.ipynb #64c5ba29
 def slurm_script(
@@ -438,14 +444,22 @@ def slurm_script(
     array: str = None,  # tasks, for instance "0-4"
     time: str = "24:00:00",  # limit of one job
     sbatch: tuple = (),  # further options, for instance "--gres=gpu:1"
+    nodes: int = 1,  # machines that train together; for `pretrain`
 ) -> str:  # for sbatch
     "A Slurm job that stops with a checkpoint before its time limit and queues itself again."
+    if nodes < 1 or nodes > 1 and Path(notebook).stem != "pretrain":
+        raise UsageError(f"several nodes train together in the notebook pretrain only, at least 1: got {notebook} and nodes {nodes}")
     word = lambda text: '"$task"'.join(shlex.quote(p) if p else "" for p in str(text).split("{task}")) or "''"
     flag = lambda v: "-r" if isinstance(v, str) and literal(v) != v else "-p"
     parts = ["run", notebook, out] + [x for n, v in (parameters or {}).items() for x in (flag(v), n, v)]
-    options = ([f"--array={array}"] if array else []) + list(sbatch)
-    command = " ".join([shlex.quote(sys.executable), "-m", "aasp_nb.cli", *map(word, parts)])
-    return _SCRIPT.format(time=time, more="".join(f"#SBATCH {o}\n" for o in options), command=command)
+    options = [f"--array={array}"] * bool(array) + [f"--nodes={nodes}", "--ntasks-per-node=1"] * (nodes > 1) + list(sbatch)
+    python, before, after = shlex.quote(sys.executable), "", ""
+    command = " ".join([python, "-m", "aasp_nb.cli", *map(word, parts)])
+    if nodes > 1:  # the notebook comes last: it finds the run finished, and shows it
+        before, after = _FIRST, f"[ $code -eq 0 ] && {command} -p processes 1\n"
+        given = ("-p " + " ".join(map(word, p)) for p in (parameters or {}).items())
+        command = " ".join([_SRUN.format(nodes=nodes, python=python), *given])
+    return _SCRIPT.format(time=time, more="".join(f"#SBATCH {o}\n" for o in options), command=command, before=before, after=after)
 
 # %% ../nbs/doors/20_cli.ipynb #0534a87a
 if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())

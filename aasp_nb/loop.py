@@ -414,7 +414,8 @@ class _Session:
         "Write a checkpoint in the background."
         if not self.run.writes: return
         tensors, state = self.learner.state()
-        self.saver.save(step, tensors, {**state, **self.extra, "seconds": self.seconds}, self.row.get("loss"))
+        self.saver.save(step, tensors, {**state, **self.extra, "seconds": self.seconds, "processes": world_size()},
+                        self.row.get("loss"))
 
 # %% ../nbs/lab/loop.ipynb #5ddc5754
 def _of_all(reports: list) -> list:
@@ -512,11 +513,13 @@ def restore(
     learner: Learner,  # gets the newest whole checkpoint
 ) -> tuple:  # steps done, seconds trained
     "Load the newest checkpoint of a resumed run; says where it goes on."
-    if not run.resumed: return 0, 0.0
+    if not from_first(run.resumed): return 0, 0.0  # an onlooker does not know
     path, tensors, state = _newest(run) if run.writes else (None, None, None)
     path = from_first(path)
     if path is None: return 0, 0.0
     if not run.writes: tensors, state = load_checkpoint(path)
     learner.load_state(tensors, state)
-    run.log(f"resumed from {path.name}", show=True)
+    before = state.get("processes", world_size())
+    run.log(f"resumed from {path.name}" + (f", which {before} processes wrote; {world_size()} now" if before != world_size() else ""),
+            show=True)
     return state["step"], state.get("seconds", 0.0)

@@ -8,7 +8,7 @@ __all__ = ['MEASURED', 'NARROW', 'Schedule', 'AaSPLearner', 'build_learner', 'as
            'threads_for', 'pretrain', 'write_results']
 
 # %% ../nbs/recipes/pretraining.ipynb #ced41716
-import contextlib, gc, hashlib, time
+import contextlib, gc, hashlib, os, time
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -28,9 +28,12 @@ from .loop import (cosine_warmup, cpu_has_bf16, fit, Guard, Learner, Limit, make
 from .monitor import Monitor
 from .objectives import cached_contrastive
 from .patch_embed import patch_padding
+from .nodes import alike, by_first, Meeting, seen_by_all, start_on_nodes, together
 from .patching import patch
-from .processes import from_first, gathered, rank, start_processes, stop_wanted, summed, world_size
-from .runs import check_same, environment, Onlooker, read_metrics, RunDir, RunError, step_folders, usable_cores, writing
+from .processes import (from_first, gathered, joined, launched, largest, local_rank, local_size, rank, start_processes, stop_wanted,
+                               summed, world_size)
+from .runs import (check_same, environment, Onlooker, package_digest, read_metrics, RunDir, RunError, step_folders, usable_cores,
+                          writing)
 
 # %% ../nbs/recipes/pretraining.ipynb #e61c06d2
 @dataclass(frozen=True)
@@ -180,7 +183,10 @@ def prepare_data(
 # %% ../nbs/recipes/pretraining.ipynb #9964f99e
 def describe_data(dataset: AudioDataset) -> dict:
     "What identifies a run's data: number and list of clips."
-    m = dataset.manifest
+    return _describe_manifest(dataset.manifest)
+
+def _describe_manifest(m: Manifest) -> dict:
+    "The same of a manifest."
     rows = [p if m.segment(i) == (0.0, None) else f"{p} {m.segment(i)}" for i, p in enumerate(m.columns["path"])]
     return dict(root=str(m.root), clips=len(m), digest=hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16])
 
@@ -214,8 +220,10 @@ def check_processes(
     processes: int,  # asked for
     device: torch.device,  # to train on
     config: AaSPConfig,  # batch size and accumulation
+    here: int = None,  # of them on this machine (default: all)
 ):
     "Raise `RunError` for a number of processes that cannot work."
+    here = processes if here is None else here
     if processes < 1: raise RunError(f"processes must be at least 1, got {processes}")
     parts = processes * config.accumulation_steps
     if config.batch_size % parts:
@@ -223,8 +231,8 @@ def check_processes(
                        "change one")
     if device.type != "cuda" or processes == 1: return
     have = torch.cuda.device_count()
-    if processes > have:
-        raise RunError(f"processes={processes} needs as many GPUs, {have} are visible here (CUDA_VISIBLE_DEVICES): "
+    if here > have:
+        raise RunError(f"processes={here} needs as many GPUs, {have} are visible here (CUDA_VISIBLE_DEVICES): "
                                         "lower processes, or pass device=\"cpu\"")
     if device.index is not None:
         raise RunError(f'{processes} processes take a GPU each: pass device="cuda" instead of "{device}"')
@@ -263,7 +271,7 @@ def _train(run, config: AaSPConfig, dataset: AudioDataset, device: torch.device,
             run.log(f"nothing to do: {start} steps are done", show=True)
             return run.read_json("results.json") if run.writes else None
         if workers is None:
-            workers = 0 if isinstance(dataset.reader, CachedReader) else max(1, min(8, usable_cores() // world_size() - 1))
+            workers = 0 if isinstance(dataset.reader, CachedReader) else max(1, min(8, usable_cores() // local_size() - 1))
         loader = train_loader(dataset, config.batch_size, config.seed, start, workers=workers,
                               pin_memory=device.type == "cuda", rank=rank(), world=world_size())
         run.start_metrics(start)
@@ -285,6 +293,58 @@ def _take_part(config: AaSPConfig, data, run_dir: Path, device: str, cache: bool
     run = RunDir(run_dir, True) if rank() == 0 else Onlooker(run_dir)
     try: return _train(run, config, prepare_data(config, data, cache), device, **kw)
     finally: run.close()
+
+def _opened(run_dir, resume, patience: float = 60.0) -> RunDir:
+    "A run's folder, once what a lost machine has left running there is gone."
+    end = time.monotonic() + patience
+    while True:
+        try: return RunDir(run_dir, resume)
+        except RunError as e:
+            if not isinstance(e.__cause__, BlockingIOError) or not resume or time.monotonic() > end: raise
+        time.sleep(0.5)
+
+def _same_everywhere(config: AaSPConfig, data, device: str):
+    "The data, opened, after every process has found that the others have the same code, configuration and clips."
+    together(lambda: check_processes(world_size(), torch.device(device), config, local_size()))
+    data = together(lambda: data if isinstance(data, AudioDataset) else Manifest.open(data))
+    told = _describe_manifest(data.manifest if isinstance(data, AudioDataset) else data)
+    alike({"the code of aasp_nb": package_digest(), "torch": torch.__version__},
+          "install the same revision everywhere, then start the same command again")
+    alike(config.to_dict(), "start the same command everywhere")
+    alike({"number of clips": told["clips"], "list of clips": told["digest"]}, "give every machine the same data")
+    return data
+
+def _join(config: AaSPConfig, data, run_dir: Path, resume, device: str, cache, threads: int, kw: dict) -> dict:
+    "What each process does that a launcher of several machines has started; results in the first."
+    torch.set_num_threads(threads)
+    data, run = _same_everywhere(config, data, device), None
+    device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    prepare = lambda mine: together(lambda: prepare_data(config, data, cache) if mine else None)
+    early, late = prepare(local_rank() == 0), prepare(local_rank() != 0)  # a machine's first process fills its cache
+    dataset = early or late
+    again = largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))  # what was new has begun
+
+    def begin():
+        nonlocal run
+        run = _opened(run_dir, "auto" if again else resume)
+        return prepare_run(run, config, dataset, device)
+    try:
+        config = by_first(begin)
+        run = run or Onlooker(run_dir)
+        seen_by_all(run.path)
+        return _train(run, config, dataset, device, **kw)
+    finally:
+        if run: run.close()
+
+# %% ../nbs/recipes/pretraining.ipynb #991c428e
+def _on_nodes(meeting: Meeting | None, processes: int, args: tuple, threads: int, kw: dict) -> dict:
+    "Train as one of several machines, or as a process that torchrun has started."
+    if launched():
+        if meeting or processes != 1: raise RunError("torchrun has started the processes: leave processes and meeting out")
+        with joined(args[4]): return from_first(_join(*args, max(1, threads // local_size()), kw))
+    check_processes(processes, torch.device(args[4]), args[0])
+    tick = Picture(args[2]).tick if kw.get("progress") != "none" else None
+    return start_on_nodes(_join, processes, meeting, (*args, max(1, threads // processes), kw), args[4], tick=tick)
 
 # %% ../nbs/recipes/pretraining.ipynb #284cfa5a
 def seconds_per_step(
@@ -348,8 +408,9 @@ def pretrain(
     device: str = "auto",  # "auto", "cpu", "cuda"
     workers: int = None,  # loader processes each (default: none for decoded clips, else cores less one, at most 8)
     cache: bool | str = "auto",  # decode once: see `prepare_data`
-    processes: int = 1,  # training processes; on GPUs one each
-    threads: int = None,  # CPU threads, all processes together (default: one each for a narrow encoder on a CPU, else torch's)
+    processes: int = 1,  # training processes (of each machine); on GPUs one each
+    meeting: Meeting = None,  # with further machines, which call the same; not needed under torchrun
+    threads: int = None,  # CPU threads, all processes of a machine together (default: one each for a narrow encoder on a CPU, else torch's)
     monitor=None,  # folder, CSV or `Manifest` whose clips tell while training what the features are worth: see `Monitor`
     monitor_every: int = 500,  # steps between two looks; it looks at the end too
     monitor_clips: int = 300,  # clips it looks at
@@ -359,9 +420,12 @@ def pretrain(
     config = fitting_precision(as_config(config), device)
     device = pick_device(device, config.precision)
     if threads is None: threads = threads_for(config.embed_dim, device, processes)
-    check_processes(processes, device, config)
     if monitor is not None: monitor = dict(data=monitor, every=monitor_every, clips=monitor_clips)
-    run, kw = RunDir(run_dir, resume), dict(max_steps=max_steps, workers=workers, monitor=monitor, **kw)
+    kw = dict(max_steps=max_steps, workers=workers, monitor=monitor, **kw)
+    if meeting or launched():
+        return _on_nodes(meeting, processes, (config, data, Path(run_dir).expanduser().absolute(), resume, device.type, cache), threads, kw)
+    check_processes(processes, device, config)
+    run = RunDir(run_dir, resume)
     try:
         dataset = prepare_data(config, data, cache)
         config = prepare_run(run, config, dataset, device)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'StopRequest', 'world_size', 'rank', 'largest', 'summed', 'averaged', 'gathered', 'from_first', 'agree',
-           'data_parallel', 'joined', 'ProcessError', 'PeerError', 'stop_wanted', 'start_processes', 'SideBySide']
+           'data_parallel', 'NodeError', 'launched', 'local_size', 'local_rank', 'route', 'interface', 'joined',
+           'ProcessError', 'PeerError', 'stop_wanted', 'start_processes', 'SideBySide']
 
 # %% ../nbs/lab/09b_processes.ipynb #2028a69b
-import contextlib, logging, os, pickle, re, signal, tempfile, time, traceback, uuid
+import contextlib, json, logging, os, pickle, re, signal, socket, struct, tempfile, time, traceback, uuid
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
@@ -18,6 +19,7 @@ from threading import Thread
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from .files import replacing
 from .patching import patch
@@ -120,16 +122,86 @@ def data_parallel(
     if world_size() == 1: return model
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
+# %% ../nbs/lab/09b_processes.ipynb #7b788a5e
+_PARENT = {}  # in a started process: the folder it shares with its parent, and the parent's id
+
+class NodeError(RuntimeError):
+    "Processes or machines that do not fit together, or do not find each other; the message names them. All of them raise it."
+
+# %% ../nbs/lab/09b_processes.ipynb #49546c81
+def launched() -> bool:
+    "Has torchrun started this process, as one of a group that it has not joined yet?"
+    return "TORCHELASTIC_RUN_ID" in os.environ and not _PARENT and not (dist.is_available() and dist.is_initialized())
+
+def local_size() -> int:  # at least 1
+    "Number of processes that train on this machine."
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+def local_rank() -> int:  # from 0
+    "Number of this process among those of its machine."
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+# %% ../nbs/lab/09b_processes.ipynb #3038d8d5
+def route(
+    host: str,  # name or address
+) -> str:  # address; None if the name is not known
+    "This machine's own address on the way to a host (nothing is sent)."
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try: s.connect((host, 9))
+        except OSError: return None
+        return s.getsockname()[0]
+
+def interface(
+    host: str,  # name or address
+) -> str:  # "eth0"; None where it is not known
+    "The network device on the way to a host."
+    address = route(host)
+    try: from fcntl import ioctl
+    except ImportError: return None  # Windows
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):  # one without an address
+            if socket.inet_ntoa(ioctl(s, 0x8915, struct.pack("256s", name.encode()[:15]))[20:24]) == address: return name  # SIOCGIFADDR
+    return "lo" if address and address.startswith("127.") else None
+
+# %% ../nbs/lab/09b_processes.ipynb #014985c0
+_STORES = []  # of the groups that this process has joined
+
+def _told(store, number: int, count: int, mine: dict) -> list:
+    "What every process says, over the store, before there is a group."
+    store.set(f"told/{number}", json.dumps(mine))
+    told = [json.loads(store.get(f"told/{i}")) for i in range(count)]
+    store.add("heard", 1)
+    if number == 0:  # it may serve the store, and end if what it hears is bad: not before the others have heard it too
+        while store.add("heard", 0) < count: time.sleep(0.01)
+    return told
+
+def _devices_agree(told: list):
+    "Raise `NodeError` for a machine that lacks GPUs, or for machines that would train on different devices."
+    for t in told:
+        if t["device"] == "cuda" and t["here"] > t["gpus"]:
+            raise NodeError(f"{t['here']} processes need as many GPUs, {t['gpus']} are visible on {t['host']} (CUDA_VISIBLE_DEVICES): "
+                            'lower processes, or pass device="cpu"')
+    other = next((t for t in told if t["device"] != told[0]["device"]), None)
+    if other:
+        raise NodeError(f"{told[0]['host']} would train on {told[0]['device']}, {other['host']} on {other['device']}: "
+                        "give device, and look at the machine that lacks one")
+
 # %% ../nbs/lab/09b_processes.ipynb #d3dacdbe
 @contextlib.contextmanager
 def joined(
     device: str = "cpu",  # "cpu" (gloo) or "cuda" (nccl, one GPU per process)
 ):
-    "Context in which this process is one of those that its environment describes."
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]: os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if device == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    "Context in which this process is one of those that its environment describes; `NodeError` where one has no device."
+    towards = "127.0.0.1" if local_size() == int(os.environ["WORLD_SIZE"]) else os.environ["MASTER_ADDR"]
+    if name := interface(towards): os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    store, number, count = next(rendezvous("env://", timeout=timedelta(minutes=30)))
+    _STORES.append(store)  # it may be served from here: kept until this process ends
+    store = dist.PrefixStore(f"joined-{len(_STORES)}", store)
+    _devices_agree(_told(store, number, count, dict(
+        host=socket.gethostname(), device=device, here=local_size(), gpus=torch.cuda.device_count() if device == "cuda" else 0)))
+    if device == "cuda": torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(minutes=30))
     yield  # after an error the group is left as it is: the others may be gone
     dist.destroy_process_group()
 
@@ -140,7 +212,6 @@ class ProcessError(RuntimeError):
 class PeerError(RuntimeError):
     "Another process has ended, and says why."
 
-_PARENT = {}  # in a started process: the folder it shares with its parent, and the parent's id
 
 def stop_wanted() -> str | None:  # one of `REASONS`
     "Does the parent of this process want it to stop, or is it gone?"
