@@ -275,6 +275,27 @@ def test_a_slurm_job_of_two_nodes_queues_itself_again_and_ends_with_the_notebook
     assert "finished at step 400" in (tmp_path / "out.ipynb").read_text()
 
 
+@pytest.mark.slow
+def test_by_ssh_a_signal_stops_all_with_a_checkpoint(clips, tmp_path):
+    "ssh is a stub that runs the command here: what is tested is the script's own."
+    stubs, run = tmp_path / "bin", tmp_path / "run"
+    stubs.mkdir()
+    (stubs / "ssh").write_text('#!/bin/sh\nshift\nexec sh -c "$*"\n')
+    (stubs / "ssh").chmod(0o755)
+    env = dict(PATH=f"{stubs}:{os.environ['PATH']}", HOSTS="127.0.0.1 localhost", PORT=str(free_port()), PYTHON=sys.executable,
+               OMP_NUM_THREADS="1")
+    script = Path(__file__).resolve().parent.parent / "deploy" / "ssh.sh"
+    job = subprocess.Popen(["bash", script, *map(str, words(given(clips, run, steps=400, save_every=1000)))], env={**os.environ, **env},
+                           start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    STARTED.append(job)
+    end = time.monotonic() + 600
+    while steps(run) < 5 and job.poll() is None and time.monotonic() < end: time.sleep(0.02)
+    os.kill(job.pid, signal.SIGTERM)
+    text = job.communicate(timeout=600)[0]
+    assert job.returncode == 75, text
+    assert latest_checkpoint(run / "checkpoints")[2]["processes"] == 2 and "stopped at step" in text
+
+
 def test_what_no_machine_can_do_is_refused_at_once(clips, tmp_path, monkeypatch):
     from aasp_nb.nodes import Meeting
     call = asked(given(clips, tmp_path / "run", processes=8))
