@@ -14,7 +14,7 @@ GPU_OUT     ?= figures
 GPU_PARTS   ?=
 WHEELS      ?= .whl
 
-.PHONY: demo test test-full test-browser lab bench bench-traffic bench-dashboards gpu gpu-wheels figures demo-checkpoint readme docs hooks clean help
+.PHONY: demo test test-full test-browser lab bench bench-train bench-traffic bench-dashboards gpu gpu-wheels figures demo-checkpoint readme docs hooks clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -54,6 +54,10 @@ bench: $(VENV)/.ready   ## time the adaptive convolution and a training step (on
 	@mkdir -p $(OUT)
 	@for name in bench_sblu bench_training; do \
 	  $(BIN)/papermill --cwd nbs/runs nbs/runs/$$name.ipynb $(OUT)/$$name.ipynb --no-progress-bar --log-output $(BENCH) || exit 1; done
+
+bench-train: $(VENV)/.ready  ## clips/s of both patch embeddings and both predictors, beside timm's blocks alone (BENCH="-p device cuda")
+	@mkdir -p $(OUT)
+	@$(BIN)/papermill --cwd nbs/runs nbs/runs/bench_train.ipynb $(OUT)/bench_train.ipynb --no-progress-bar --log-output $(BENCH)
 
 bench-traffic: $(VENV)/.ready  ## what the GPU kernels ask of memory, counted without a GPU, with predicted times (minutes)
 	@$(BIN)/python tests/bench_traffic.py

@@ -37,6 +37,8 @@ PARTS = {  # name: (what it is, command); {out} is the folder for tables, {flagg
               ["tests/gpu.py", "--execute", "nbs/runs/bench_sblu.ipynb", "device=cuda", "compile_reference=True", "out_dir={out}"]),
     "training": ("what AaPE costs in a pre-training step, preset base",
                  ["tests/gpu.py", "--execute", "nbs/runs/bench_training.ipynb", "device=cuda", "precision=bf16", "out_dir={out}"]),
+    "train": ("clips a second of whole steps, preset base, beside timm's blocks alone",
+              ["tests/gpu.py", "--execute", "nbs/runs/bench_train.ipynb", "device=cuda", "precision=bf16", "out_dir={out}"]),
 }
 
 

@@ -29,6 +29,7 @@ REDUCED = {
     "runs/bench_data.ipynb": dict(clips=10, seconds=0.6, batch_size=4, rounds=1, workers="0", out_dir="{out}"),
     "runs/bench_sblu.ipynb": dict(batch=1, channels=8, frames=64, kernel_sizes="31", threads=1, rounds=1, seconds=0.2,
                                   compile_reference=False, out_dir="{out}"),
+    "runs/bench_train.ipynb": dict(presets="nano", batch=2, views=2, threads=1, rounds=1, out_dir="{out}"),
     "runs/bench_training.ipynb": dict(preset="tiny", batch=2, views=2, threads=1, rounds=1, out_dir="{out}"),
     "runs/compare_runs.ipynb": dict(table="{home}/table.csv"),
     "runs/demo.ipynb": dict(out="{out}", per_class=6, probe_steps=20, seeds="0", threads=1, **TINY),
