@@ -40,8 +40,9 @@ from .files import digest, write_json
 from .loop import cosine_warmup, fit, Guard, Learner, param_groups, pick_device, restore, step_generator, TrainingError
 from .patch_embed import init_linear
 from .patching import patch
-from .pretraining import cpu_threads, describe_data, prepare_data, threads_for
-from .runs import check_same, CheckpointError, environment, read_metrics, RunDir, RunError, write_tensors
+from .pretraining import check_processes, cpu_threads, describe_data, prepare_data, threads_for
+from .processes import gathered, interleaved, own_rows, rank, start_processes, world_size
+from .runs import check_same, CheckpointError, environment, Onlooker, read_metrics, RunDir, RunError, write_tensors
 from .settings import ConfigError, option, refuse_unknown, require, Settings, Table
 
 # %% ../nbs/recipes/12_finetuning.ipynb #c4412d74
@@ -498,7 +499,7 @@ class FinetuneLearner(Learner):
         groups = layer_groups(model, c.weight_decay, c.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, fused=True)
         super().__init__(model, optimizer, lambda s: cosine_warmup(s, c.steps, c.warmup_steps, c.lr, c.min_lr),
-                         c.grad_clip or None, c.precision, c.seed, c.batch_size // c.accumulation_steps)
+                         c.grad_clip or None, c.precision, c.seed, c.batch_size // (c.accumulation_steps * world_size()))
         self.config, self.front, self.evaluation = c, front.to(self.device), evaluation
         self.bce = uses_bce(c, multi_label)
         self.average = ModelEmaV3(model, decay=c.ema) if c.ema else None
@@ -507,7 +508,7 @@ class FinetuneLearner(Learner):
     def best(self) -> FinetuneModel: return self.average.module if self.average else self.model  # what is evaluated
 
     def loss(self, batch, generator):
-        logits = self.model(batch["logmel"], batch.get("padding"), batch.get("visible"))
+        logits = self.parallel(batch["logmel"], batch.get("padding"), batch.get("visible"))
         return classification_loss(logits, batch["target"]), {}
 
     def after_step(self, step):
@@ -518,10 +519,10 @@ class FinetuneLearner(Learner):
 # %% ../nbs/recipes/12_finetuning.ipynb #e3127d29
 @patch
 def prepare(self: FinetuneLearner, batch: dict, step: int) -> dict:
-    "Log-mel, targets and padding of a batch, mixed and masked."
-    c, padding = self.config, self.front.padding(batch["valid_samples"])
-    x = self.front(batch["wave"].to(self.device, non_blocking=True), batch["valid_samples"])
-    y = as_targets(batch["label"].to(self.device), self.model.head.out_features, self.bce)
+    "Log-mel, targets and padding of the whole batch, mixed and masked, of which each process takes its rows."
+    c, padding = self.config, self.front.padding(interleaved(batch["valid_samples"]))
+    x = interleaved(self.front(batch["wave"].to(self.device, non_blocking=True), batch["valid_samples"]))
+    y = as_targets(interleaved(batch["label"].to(self.device)), self.model.head.out_features, self.bce)
     step_generator(self.seed, step, micro=2**20)  # torch's global generators, for the masks
     if c.mixup: x, y, padding = mixup(x, y, padding, c.mixup, np.random.default_rng([self.seed, step, 2**20]))
     if c.spec_augment: x = spec_augment(x, c.spec_augment)
@@ -529,7 +530,8 @@ def prepare(self: FinetuneLearner, batch: dict, step: int) -> dict:
     if c.patch_dropout:
         grid = self.model.encoder.patch_embed.grid(x)
         out["visible"] = visible_patches(len(x), grid, c.patch_dropout, padding).to(self.device)
-    return out if padding is None else out | dict(padding=padding.to(self.device, non_blocking=True))
+    if padding is not None: out["padding"] = padding.to(self.device, non_blocking=True)
+    return {k: own_rows(v) for k, v in out.items()}
 
 # %% ../nbs/recipes/12_finetuning.ipynb #e91c9bde
 @patch
@@ -640,6 +642,26 @@ def _opened(start, origin=None) -> tuple:
     return encoder, config, origin or encoder_origin(start, config)
 
 
+def _tune(run, task: Task, start: tuple, device, workers: int, max_steps, known: dict, fold, kw: dict) -> dict:
+    "Train and score a run that is prepared, in this process, alone or as one of several; results in the first."
+    c, learner = task.config, make_learner(task, start, run.path, device, workers)
+    if not run.writes: learner.evaluation = None  # the first process scores for all, the others wait for its next step
+    begin, seconds = restore(run, learner)
+    loader = task_loader(task, begin, workers, pin_memory=device.type == "cuda", rank=rank(), world=world_size())
+    run.start_metrics(begin)
+    out = fit(learner, loader, run, c.steps, begin, max_steps, guard=Guard(run), seconds=seconds, **kw)
+    return _results(run, learner, task, start[1], out | known, fold)
+
+def _take_part(start, front: AaSPConfig, run_dir: Path, task: tuple, device: str, threads: int, args: tuple) -> dict:
+    "What each of several processes does."
+    torch.set_num_threads(threads)
+    device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    start = start if isinstance(start, tuple) else load_encoder(start)
+    run = RunDir(run_dir, True) if rank() == 0 else Onlooker(run_dir)
+    try: return _tune(run, replace(prepare_task(task[0], start[1], *task[1:]), front=front), start, device, *args)
+    finally: run.close()
+
+
 def finetune(
     start,  # run folder, checkpoint or encoder folder of pre-training, or (AudioViT, AaSPConfig)
     data,  # manifest CSV, folder, or `Manifest`, with labels and splits or folds
@@ -654,12 +676,14 @@ def finetune(
     cache: bool | str = "auto",  # decode once: see `prepare_data`
     max_broken: float = 0,  # unreadable clips tolerated in evaluation
     origin: dict | None = None,  # of the start, from `encoder_origin`; None: found where it is a path
-    threads: int | None = None,  # CPU threads (default: one for a narrow encoder on a CPU, else torch's)
+    threads: int | None = None,  # CPU threads, all processes together (default: one each for a narrow encoder on a CPU, else torch's)
+    processes: int = 1,  # training processes; on GPUs one each; scores are made by the first
     **kw,  # log_every, save_every, keep_last, max_minutes, progress: see `fit`
 ) -> dict:  # status, scores by rule and provenance; also in results.json
     "Fine-tune one seed on one split or fold; the same call with resume=\"auto\" goes on where it stopped."
     config = as_finetune_config(config)
     device = pick_device(device, "fp32" if config.precision == "auto" else config.precision)
+    check_processes(processes, device, config)
     run = RunDir(run_dir, resume)
     try:
         if config.precision == "auto": config = replace(config, precision="bf16" if device.type == "cuda" else "fp32")
@@ -670,13 +694,14 @@ def finetune(
                      classes=task.classes, data=manifest_digest(Manifest.open(data)))
         known = dict(pretrain_seed=encoder_config.seed, origin=origin, identity=digest(asked, 64))
         if done := _done(run, max_steps): return done
-        learner = make_learner(task, (encoder, encoder_config), run.path, device, workers)
-        begin, seconds = restore(run, learner)
-        loader = task_loader(task, begin, workers, pin_memory=device.type == "cuda")
-        run.start_metrics(begin)
-        with cpu_threads(threads or threads_for(encoder_config.embed_dim, device)):
-            out = fit(learner, loader, run, c.steps, begin, max_steps, guard=Guard(run), seconds=seconds, **kw)
-        return _results(run, learner, task, encoder_config, out | known, fold)
+        args, threads = (workers, max_steps, known, fold, kw), threads or threads_for(encoder_config.embed_dim, device, processes)
+        if processes == 1:
+            with cpu_threads(threads): return _tune(run, task, (encoder, encoder_config), device, *args)
+        run.close()  # the first of the processes takes it over
+        again = (c, Manifest.open(data), fold, classes, cache, max_broken)
+        start = (encoder.cpu(), encoder_config) if isinstance(start, tuple) else start
+        return start_processes(_take_part, processes, (start, task.front, run.path, again, device.type, max(1, threads // processes), args),
+                               device.type)
     except torch.OutOfMemoryError as e:
         raise RunError(f"out of memory on {device}: raise accumulation_steps (now {config.accumulation_steps})") from e
     finally: run.close()
@@ -721,17 +746,19 @@ def task_loader(
 # %% ../nbs/recipes/12_finetuning.ipynb #e345883f
 def _results(run, learner, task, encoder_config, out, fold) -> dict:
     "Export the model at its last step and write results.json."
+    seen = gathered({d.manifest.columns["path"][i]: t for d in task.datasets.values() for i, t in d.broken.seen.items()})
+    if not run.writes: return None
+    broken = {path: text for part in seen for path, text in part.items()}
     c, kept = task.config, learner.evaluation.selection.kept
     save_classifier(learner.best, encoder_config, task.front, task.classes, task.multi_label, run.path / "model")
     heard = encoder_config.replace(norm_mean=task.front.norm_mean, norm_std=task.front.norm_std)
     save_encoder(learner.best.encoder, heard, run.path / "encoder")
     speed = read_metrics(run.path).get("clips_per_s", np.zeros(1))
-    broken = {d.manifest.columns["path"][i]: t for d in task.datasets.values() for i, t in d.broken.seen.items()}
     results = out | dict(
         run_dir=str(run.path), seed=c.seed, fold="" if fold is None else str(fold), metric=task.metric,
         selection=c.selection, scores=kept, curve=learner.evaluation.selection.curve, preset=c.preset_name,
         n={k: len(d) for k, d in task.datasets.items()}, classes=task.classes, clips_per_s=float(np.median(speed)),
-        settings=c.deviations(), config=c.to_dict(), norm=[task.front.norm_mean, task.front.norm_std],
+        settings=c.deviations(), config=c.to_dict(), processes=world_size(), norm=[task.front.norm_mean, task.front.norm_std],
         broken_clips=broken, environment=environment(learner.device))
     write_json(run.path / "results.json", results)
     if out["status"] == "finished": shutil.rmtree(run.checkpoints, ignore_errors=True)

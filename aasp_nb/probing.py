@@ -36,6 +36,7 @@ from .evaluation import bootstrap_interval, fold_rows, hold_out, RULES, Selectio
 from .files import check_writable, digest, replacing, write_json, write_text
 from .loop import pick_device
 from .pretraining import cpu_threads, threads_for
+from .processes import SideBySide
 from .runs import environment, RunError
 from .settings import option, refuse_unknown, Settings
 
@@ -682,6 +683,37 @@ def longer_clips(
     warnings.warn(f"{long} of {len(look)} clips looked at are longer than {seconds:g} s (up to {max(lengths):.1f} s): "
                   f"only their beginning is heard; {hint}", stacklevel=3)
 
+# %% ../nbs/recipes/13_probing.ipynb #24aa4482
+def _features(model: ProbeModel, clips: WholeClips, how: tuple, device, workers: int, progress=None) -> np.ndarray:
+    "Features of clips in this process."
+    if model.encoder is None: return extract_baseline(model.kind, model.config, clips, num_workers=workers, progress=progress)
+    return extract_features(model.encoder, model.config, clips, *how, device=device, num_workers=workers, progress=progress)
+
+def _some(model: ProbeModel, clips: WholeClips, rows: np.ndarray, how: tuple, device: str, workers: int) -> tuple:
+    "Features of some of the clips, and what is wrong with those of them that cannot be read."
+    c = model.config
+    part = WholeClips(clips.manifest.take(rows), c.sample_rate, max_broken=len(rows) + 1,
+                      reader=FileReader(clips.manifest.take(rows), c.sample_rate, c.channel))
+    part.count = clips.count
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # told by the caller
+        return _features(model, part, how, device, workers), part.broken.seen
+
+def _side_by_side(model: ProbeModel, clips: WholeClips, how: tuple, device: str, workers: int, processes: int) -> np.ndarray:
+    "Features of all clips, every process taking every n-th."
+    rows = [r for k in range(processes) if len(r := np.arange(k, len(clips), processes))]
+    where = [f"cuda:{k}" if device.startswith("cuda") else device for k in range(len(rows))]
+    if model.encoder is not None: model.encoder.cpu()
+    threads = max(1, threads_for(model.config.embed_dim, torch.device(device), processes) // processes)
+    with SideBySide(max(1, len(rows)), threads) as beside:
+        parts = beside.run(_some, [((model, clips, r, how, d, workers), {}) for r, d in zip(rows, where)])
+        if beside.stopped: raise KeyboardInterrupt
+    out = np.full((len(clips), max((p.shape[1] for p, _ in parts if p.size), default=0)), np.nan, np.float32)
+    for r, (part, broken) in zip(rows, parts):
+        for i, text in broken.items(): clips.broken.add(int(r[i]), text)
+        if part.size: out[r] = part
+    return out if out.size else np.zeros((0, 0), np.float32)
+
 # %% ../nbs/recipes/13_probing.ipynb #c804fbe3
 def model_features(
     model: ProbeModel,  # encoder or baseline
@@ -696,11 +728,14 @@ def model_features(
     long: str = "interpolate",  # clips longer than pre-training's crops: "interpolate" positions (paper) or "windows"
     pooling: str = "cls_mean",  # see `pool_tokens`; baselines have their own
     layers=None,  # see `layer_tokens`; baselines have none
+    processes: int = 1,  # that read and encode side by side; on GPUs one each
     progress=None,  # called with (clips done, clips)
 ) -> tuple:  # features [N, D], and the settings they were made with
     "Features of a manifest's clips, from the cache if they are there."
     if normalization not in ("auto", "checkpoint", "dataset"):
         raise ProbeError(f"normalization must be auto, checkpoint or dataset, got {normalization!r}")
+    gpus = torch.cuda.device_count() if torch.device(device).type == "cuda" else processes
+    if not 1 <= processes <= gpus: raise ProbeError(f"processes must lie between 1 and {gpus} here, got {processes}")
     if long not in ("interpolate", "windows"): raise ProbeError(f"long must be interpolate or windows, got {long!r}")
     c = model.config
     seconds = max_seconds if frames is None else frames * c.hop_length / c.sample_rate
@@ -715,11 +750,10 @@ def model_features(
                      if v not in (None, "cls+mean")}
     def compute():
         clips = WholeClips(manifest, c.sample_rate, seconds, max_broken, FileReader(manifest, c.sample_rate, c.channel))
-        if model.encoder is None: return extract_baseline(model.kind, c, clips, num_workers=workers, progress=progress)
         window = c.grid[1] if long == "windows" else None
-        with cpu_threads(threads_for(c.embed_dim, torch.device(device))):
-            return extract_features(model.encoder, c, clips, frames, norm, window, pooling, layers, device=device, num_workers=workers,
-                                    progress=progress)
+        how = (frames, norm, window, pooling, layers) if model.encoder is not None else ()
+        if processes > 1: return _side_by_side(model, clips, how, str(device), workers, processes)
+        with cpu_threads(threads_for(c.embed_dim, torch.device(device))): return _features(model, clips, how, device, workers, progress)
     key = dict(version=FEATURE_VERSION, kind=model.kind, weights=model.fingerprint, config=c.to_dict(),
                data=data_fingerprint(manifest), **settings)
     return cached(cache, key, compute), settings

@@ -133,6 +133,28 @@ def test_killed_and_resumed_equals_an_uninterrupted_run(clips, encoder, tmp_path
     assert np.array_equal(*(read_metrics(tmp_path / n)["loss"] for n in ("run", "whole")))
 
 
+@pytest.mark.slow
+def test_two_processes_and_one_give_the_same_scores(clips, encoder, tmp_path):
+    "Mixup across the batch, masks, averaged weights and patch dropout; without drop path, which each process draws for itself."
+    from aasp_nb.runs import RunError
+    fields = dict(steps=8, batch_size=8, lr=3e-3, evaluations=2, ema=0.5, frames=None, drop_path=0.0, mixup=0.8, spec_augment=0.2,
+                  patch_dropout=0.3)
+    config = FinetuneConfig.preset("scv2", **fields)
+    one = finetune(encoder, clips, tmp_path / "one", config, **CALL)
+    finetune(encoder, clips, tmp_path / "two", FinetuneConfig.preset("scv2", **fields, accumulation_steps=1), max_steps=3, processes=2, **CALL)
+    two = finetune(encoder, clips, tmp_path / "two", config, processes=2, resume=True, **CALL)
+    assert (one["processes"], two["processes"], two["status"]) == (1, 2, "finished")
+    a, b = (read_metrics(tmp_path / n) for n in ("one", "two"))
+    for name in ("loss", "grad_norm", "lr"): np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=1e-6, err_msg=name)
+    waves = torch.randn(4, 8000, generator=torch.Generator().manual_seed(0))
+    p, q = (load_classifier(tmp_path / n / "model")(waves) for n in ("one", "two"))
+    np.testing.assert_allclose(p.numpy(), q.numpy(), atol=1e-4)
+    assert abs(one["scores"]["last_step"]["test"] - two["scores"]["last_step"]["test"]) < 0.1  # a clip or two on the border
+    with pytest.raises(RunError, match="batch_size 8 is not a multiple"):
+        finetune(encoder, clips, tmp_path / "three", config, processes=3, **CALL)
+
+
+
 def test_a_few_real_clips(real_data, encoder, tmp_path):
     folder = next((real_data / n for n in ("fsdd", "ravdess", "instrument_family") if (real_data / n / "manifest.csv").is_file()), None)
     if folder is None: pytest.skip("SKIPPED: no fsdd, ravdess or instrument_family in AASP_DATA")

@@ -114,6 +114,27 @@ def test_features_are_cached_by_weights_data_and_settings(tmp_path):
     assert not {"pooling", "layers"} & set(model_features(model, m, pooling="paper", cache=None)[1])  # the protocol's own is not a choice
 
 
+@pytest.mark.slow
+def test_two_processes_and_one_give_the_same_features(tmp_path):
+    "Of an encoder and of a baseline; a clip that cannot be read is told and counted as by one process."
+    from aasp_nb.audio import AudioError
+    from aasp_nb.probing import model_features, ProbeError
+    table = write_clips(tmp_path / "clips", per_class=2, seed=0, seconds=0.3)
+    m = Manifest.open(table)
+    m.file(3).write_bytes(b"no audio")
+    for model in (open_model("untrained", depth=1), open_model("modulation")):
+        for more in (dict(), dict(frames=48)):
+            given = dict(model=model, manifest=m, max_broken=1, **more)
+            with pytest.warns(UserWarning, match="broken clip"): one = model_features(**given)[0]
+            with pytest.warns(UserWarning, match="broken clip"): two = model_features(**given, processes=2)[0]
+            assert np.isnan(one[3]).all() and np.isnan(two[3]).all() and np.isfinite(np.delete(two, 3, 0)).all()
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    with pytest.raises(AudioError, match="1 of .* clips cannot be read, 0 are allowed"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model_features(model, m, processes=2)
+    with pytest.raises(ProbeError, match="processes must lie between 1"): model_features(model, m, processes=0)
+
+
 def test_folds_and_split_agree_on_what_is_tested(tmp_path):
     m = Manifest.open(write_clips(tmp_path / "clips", per_class=10, seed=0, seconds=0.5))
     options = dict(steps=30, evaluations=3, seeds=(0,), cache=tmp_path / "cache", device="cpu")
