@@ -147,5 +147,5 @@ def list_models() -> list:  # of dicts: name, clips, hours, steps, scores; None 
         except (OSError, ValueError): card = {}
         rows.append(dict(name=name, **{k: card.get(k) for k in ("preset", "clips", "hours", "steps")},
                          licences=sorted({s["licence"] for s in card.get("sources") or []}),
-                         scores={s["dataset"]: s["value"] for s in card.get("scores") or []}, folder=str(path)))
+                         scores={s["dataset"]: s["value"] for s in card.get("scores") or [] if s["model"] == name}, folder=str(path)))
     return rows
