@@ -30,7 +30,7 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
     long_description_content_type="text/markdown",
     packages=find_packages(include=["aasp_nb", "aasp_nb.*"]), include_package_data=True,
-    package_data={cfg["lib_path"]: ["py.typed", "assets/*", "assets/*/*"]},  # checkpoints and example results
+    package_data={cfg["lib_path"]: ["py.typed", "assets/*", "assets/*/*", "assets/*/*/*"]},  # checkpoints and example results
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("lab", "export", "docs", "dev")},

@@ -98,7 +98,7 @@ def test_assets_are_in_both(built):
     assert not [n for n in packed if n.startswith(("nbs/", "tests/", "figures/")) or "__pycache__" in n]
     with zipfile.ZipFile(wheel) as z:
         assert "aasp = aasp_nb.cli:main" in z.read(next(n for n in packed if n.endswith("entry_points.txt"))).decode()
-    assert wheel.stat().st_size < 5e6
+    assert wheel.stat().st_size < 12e6  # of which the named checkpoint is half
 
 
 @pytest.mark.slow
