@@ -75,9 +75,10 @@ def none_left():
     "A test that fails leaves no command behind."
     yield
     while STARTED:
+        if (left := STARTED.pop()).poll() is not None: continue  # its number may be another's by now
         with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(STARTED.pop().pid)
-            for p in [*parent.children(recursive=True), parent]: p.kill()
+            for p in psutil.Process(left.pid).children(recursive=True): p.kill()
+        left.kill()
 
 
 class Node:
