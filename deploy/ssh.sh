@@ -8,10 +8,10 @@ job="aasp-$(date +%s)-$$"
 words=$(printf ' %q' -m aasp_nb.train --nodes "${#hosts[@]}" --endpoint "${hosts[0]}:${PORT:-29500}" --name "$job" "$@")
 pids=()
 for host in "${hosts[@]}"; do
-    ssh "$host" "echo \$\$ > /tmp/$job-$host.pid; cd $(printf %q "$PWD") 2>/dev/null; exec ${PYTHON:-python}$words" &
+    ssh "$host" "echo \$\$ > ~/.$job-$host.pid; cd $(printf %q "$PWD") 2>/dev/null; exec ${PYTHON:-python}$words" &
     pids+=($!)
 done
-stop() { for host in "${hosts[@]}"; do ssh "$host" "kill -TERM \$(cat /tmp/$job-$host.pid)"; done; }
+stop() { for host in "${hosts[@]}"; do ssh "$host" "kill -TERM \$(cat ~/.$job-$host.pid)"; done; }
 trap stop INT TERM
 code=0
 for pid in "${pids[@]}"; do
@@ -22,5 +22,5 @@ for pid in "${pids[@]}"; do
     done
     [ $ended -gt $code ] && code=$ended
 done
-for host in "${hosts[@]}"; do ssh "$host" "rm -f /tmp/$job-$host.pid"; done
+for host in "${hosts[@]}"; do ssh "$host" "rm -f ~/.$job-$host.pid"; done
 exit $code
