@@ -91,9 +91,15 @@ def slow_writer(clips, out, pause):
     make_shards(clips, out, clips_per_shard=7, workers=1, progress=lambda line: None)
 
 
+def alone(function, *a):
+    "The pool of PyTorch's threads is made anew in a fork; two threads that both come first find none, so it is made here."
+    torch.set_num_threads(1)
+    function(*a)
+
+
 def start(function, *a):
     "A process of its own, without importing everything again."
-    process = multiprocessing.get_context("fork").Process(target=function, args=a)
+    process = multiprocessing.get_context("fork").Process(target=alone, args=(function, *a))
     process.start()
     return process
 
