@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_SEEDS', 'StudyError', 'Scores', 'probe_scores', 'seed_weights', 'drawn_means', 't_interval',
-           'paired_difference_of', 'holm', 'verdict', 'compare_arms', 'study_table', 'fast_share', 'gain_slope']
+           'paired_difference_of', 'holm', 'verdict', 'compare_arms', 'study_table', 'fast_share', 'gain_slope',
+           'seed_means', 'seed_gains', 'means_table', 'draw_means']
 
 # %% ../nbs/exhibits/15a_study.ipynb #1c56cd28
 import math
@@ -250,3 +251,73 @@ def gain_slope(
     correlation = np.corrcoef(x, point)[0, 1] if point.std() > 0 and x.std() > 0 else float("nan")
     return dict(slope=float(slope), low=float(low), high=float(high), intercept=float(intercept), classes=len(classes),
                 correlation=float(correlation), gains=dict(zip(classes, point.tolist())))
+
+# %% ../nbs/exhibits/15a_study.ipynb #4bd38fb8
+def seed_means(
+    rows: list, # dicts of `read_results`, of one scale
+    rule: str = "last_step", # which step of the probe
+) -> dict: # arm -> data set -> pre-training seed -> mean over folds and probe seeds
+    "One number per arm, data set and pre-training seed. Raises `StudyError` on rows of several scales or of unknown pre-training seed."
+    rows = [r for r in rows if r["rule"] == rule]
+    scales = sorted({r["scale"] for r in rows})
+    if len(scales) > 1: raise StudyError(f"rows of several scales do not go together: {'; '.join(scales)}")
+    out = {}
+    for r in rows:
+        if str(r["pretrain_seed"]) == "": raise StudyError(f"a row of {r['model']} on {r['dataset']} has no pretrain_seed")
+        seeds = out.setdefault(r["model"], {}).setdefault(r["dataset"], {})
+        seeds.setdefault(int(r["pretrain_seed"]), []).append(float(r["value"]))
+    return {a: {d: {s: float(np.mean(v)) for s, v in sorted(seeds.items())} for d, seeds in sets.items()} for a, sets in out.items()}
+
+def seed_gains(
+    means: dict, # of `seed_means`
+    arm: str, # compared
+    reference: str, # with this arm
+) -> dict: # pre-training seed -> gain, mean over all data sets; only seeds that both arms have on every set
+    "Gain of one arm, seed by seed. Raises `StudyError` where an arm is missing."
+    for name in (arm, reference):
+        if name not in means: raise StudyError(f"no arm {name!r}; there are {', '.join(means)}")
+    sets = {d for a in means.values() for d in a}
+    full = lambda a: set.intersection(*(set(means[a].get(d, {})) for d in sets))
+    return {s: float(np.mean([means[arm][d][s] - means[reference][d][s] for d in sets])) for s in sorted(full(arm) & full(reference))}
+
+def means_table(
+    means: dict, # of `seed_means`
+    reference: str = "standard", # arm that the last two columns compare with
+) -> str: # markdown
+    "Accuracy of every arm in %, and its gain over one arm with Student's interval over pre-training seeds."
+    sets = list(dict.fromkeys(d for a in means.values() for d in a))
+    lines = ["| arm | " + " | ".join(sets) + f" | minus {reference}, points | 95 %, t over seeds | seeds |", "|" + "---|" * (len(sets) + 4)]
+    for arm, by in means.items():
+        gains = list(seed_gains(means, arm, reference).values())
+        low, high, _ = t_interval(gains) if gains else (math.nan,) * 3
+        apart = arm != reference and bool(gains)
+        cells = [f"{100 * np.mean(list(by[d].values())):.1f}" if d in by else "" for d in sets]
+        interval = f"{100 * low:+.1f} to {100 * high:+.1f}" if apart and math.isfinite(low) else ""
+        cells += [f"{100 * np.mean(gains):+.1f}" if apart else "", interval, str(len(gains))]
+        lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+def draw_means(
+    means: dict, # of `seed_means`
+    reference: str = "standard", # arm at 0
+): # matplotlib `Figure`
+    "Gain of every arm over one, set by set: every pre-training seed a point, their mean a bar."
+    from aasp_nb.figures import new_figure
+    sets = list(dict.fromkeys(d for a in means.values() for d in a))
+    arms = [a for a in means if a != reference]
+    figure = new_figure(1.7 * (len(sets) + 1) + 0.8, 0.3 * len(arms) + 0.9)
+    axes = figure.subplots(1, len(sets) + 1, sharey=True, sharex=True)
+    for ax, name in zip(axes, [*sets, "mean of all sets"]):
+        for y, arm in enumerate(arms):
+            mine, other = (means[a].get(name, {}) for a in (arm, reference))
+            gains = [mine[s] - other[s] for s in mine if s in other] or list(seed_gains(means, arm, reference).values())
+            if name in sets and not set(mine) & set(other): gains = []
+            if not gains: continue
+            ax.barh(y, 100 * np.mean(gains), 0.6, color="#9ecae1" if name in sets else "#4292c6")
+            ax.plot(100 * np.array(gains), np.full(len(gains), y), "o", ms=3.5, color="#222222")
+        ax.axvline(0, color="#222222", lw=0.8)
+        ax.set_title(name.replace("_", " "), fontsize=8)
+        ax.set_xlabel("points")
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].invert_yaxis()
+    return figure
