@@ -2,6 +2,7 @@
 
 Solutions of the lessons are folded away in the text (`<details>` with a python block); here each becomes a cell that runs
 where it stands, so a solution that is wrong fails the test."""
+import ast
 import hashlib
 import os
 import re
@@ -74,6 +75,14 @@ def solutions(text: str) -> list[str]:
     return [code for part in SOLUTION.findall(text) for code in BLOCK.findall(part)]
 
 
+def asked_again(exercise: str) -> str:
+    "The cell of an exercise without what the learner replaces: names set to None and functions whose body is `...`."
+    empty = lambda node: isinstance(node, ast.Constant) and node.value in (None, ...)
+    left = lambda n: (isinstance(n, ast.Assign) and (empty(n.value) or isinstance(n.value, ast.Tuple) and all(map(empty, n.value.elts)))
+                      or isinstance(n, ast.FunctionDef) and isinstance(n.body[-1], ast.Expr) and empty(n.body[-1].value))
+    return "\n".join(ast.unparse(n) for n in ast.parse(exercise).body if not left(n))
+
+
 def with_solutions(source: Path, target: Path) -> int:
     "Copy a notebook, each folded solution as a code cell after its text; the number of solutions."
     nb, cells, count = nbformat.read(source, 4), [], 0
@@ -81,7 +90,7 @@ def with_solutions(source: Path, target: Path) -> int:
         cells.append(cell)
         if cell.cell_type != "markdown": continue
         for code in solutions(cell.source):
-            cells.append(nbformat.v4.new_code_cell(code))
+            cells.append(nbformat.v4.new_code_cell(code + "\n" + asked_again(cells[-2].source), metadata={"solution": True}))
             count += 1
     nb.cells = cells
     nbformat.write(nb, target)
@@ -133,7 +142,10 @@ def test_notebook_executes(name, tmp_path, request):
     print(f"{name}: {seconds:.0f} s of processor time")
     assert not [o for o in outputs(nb) if o.output_type == "error"]
     assert (tmp_path / "done.ipynb").stat().st_size < 2_000_000, "an executed notebook must stay under 2 MB"
-    if name.startswith("lessons/"): assert 0 < seconds < SECONDS
+    if name.startswith("lessons/"):
+        assert 0 < seconds < SECONDS
+        said = ["".join(o.get("text", "") for o in c.outputs) for c in nb.cells if c.metadata.get("solution")]
+        assert said and all("right!" in s and "not yet" not in s for s in said), said
     if "picture" in REDUCED[name]: assert (tmp_path / "home" / "a.png").stat().st_size > 10_000
 
 
