@@ -29,15 +29,15 @@ from .files import replacing
 from .patch_embed import AaPE
 
 # %% ../nbs/doors/19_doors.ipynb #8d9bdedf
-DEMO = Path(aasp_nb.__file__).parent / "assets" / "demo_checkpoint_generated_clips"
+DEMO = Path(aasp_nb.__file__).parent / "assets" / "checkpoints" / "aasp-tiny"
 
 def open_encoder(
     path: str | Path | None = None,  # encoder folder, its model.safetensors, run folder, checkpoint; None: `DEMO`
     kind: type = AaSPEncoder,  # class of the result
 ) -> AaSPEncoder:  # in eval mode
-    "The encoder a door opens to; warns when it is the package's illustration. Raises `CheckpointError`."
+    "The encoder a door opens to; warns when it is the package's own. Raises `CheckpointError`."
     if not path:
-        warnings.warn("no checkpoint was named: using the small one trained on generated clips, an illustration",
+        warnings.warn("no checkpoint was named: using aasp-tiny, a small encoder that heard 4.5 hours of audio",
                       stacklevel=3)
         path = DEMO
     return kind.from_pretrained(Path(path).parent if Path(path).name == "model.safetensors" else path)
@@ -58,7 +58,7 @@ class HearModel(AaSPEncoder):
 
 # %% ../nbs/doors/19_doors.ipynb #6d5a5766
 def load_model(
-    model_file_path: str = "",  # folder, model.safetensors, run folder or checkpoint; empty: the package's illustration
+    model_file_path: str = "",  # folder, model.safetensors, run folder or checkpoint; empty: aasp-tiny
 ) -> HearModel:  # on the CPU
     "HEAR: open a model. Raises `CheckpointError`."
     return open_encoder(model_file_path or None, HearModel)
@@ -158,7 +158,7 @@ def evar_files(
 class UpstreamExpert(nn.Module):
     "s3prl: hidden states of every layer, for a list of waveforms."
     def __init__(self,
-        ckpt: str | None = None,  # encoder folder, run folder or checkpoint; None: the package's illustration
+        ckpt: str | None = None,  # encoder folder, run folder or checkpoint; None: aasp-tiny
         model_config: str | None = None,  # not used: the checkpoint has its own
         **kwargs,  # what s3prl passes to every upstream
     ):
