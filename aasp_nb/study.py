@@ -257,13 +257,19 @@ def seed_means(
     rows: list, # dicts of `read_results`, of one scale
     rule: str = "last_step", # which step of the probe
 ) -> dict: # arm -> data set -> pre-training seed -> mean over folds and probe seeds
-    "One number per arm, data set and pre-training seed. Raises `StudyError` on rows of several scales or of unknown pre-training seed."
+    "One number per arm, data set and pre-training seed. Raises `StudyError` on no rows, repeated ones, several scales, an unknown seed."
     rows = [r for r in rows if r["rule"] == rule]
     scales = sorted({r["scale"] for r in rows})
     if len(scales) > 1: raise StudyError(f"rows of several scales do not go together: {'; '.join(scales)}")
-    out = {}
+    if not rows: raise StudyError(f"no row with rule {rule!r}")
+    out, met = {}, set()
     for r in rows:
-        if str(r["pretrain_seed"]) == "": raise StudyError(f"a row of {r['model']} on {r['dataset']} has no pretrain_seed")
+        if r["pretrain_seed"] in ("", None): raise StudyError(f"a row of {r['model']} on {r['dataset']} has no pretrain_seed")
+        key = tuple(r.get(k) for k in ("model", "dataset", "pretrain_seed", "fold", "seed"))
+        if key in met:
+            raise StudyError(f"{r['model']} on {r['dataset']} has two rows of pre-training seed {key[2]}, fold {key[3]!r} and probe seed "
+                             f"{key[4]!r}: give rows of one configuration and one set of data")
+        met.add(key)
         seeds = out.setdefault(r["model"], {}).setdefault(r["dataset"], {})
         seeds.setdefault(int(r["pretrain_seed"]), []).append(float(r["value"]))
     return {a: {d: {s: float(np.mean(v)) for s, v in sorted(seeds.items())} for d, seeds in sets.items()} for a, sets in out.items()}
@@ -301,7 +307,8 @@ def draw_means(
     means: dict, # of `seed_means`
     reference: str = "standard", # arm at 0
 ): # matplotlib `Figure`
-    "Gain of every arm over one, set by set: every pre-training seed a point, their mean a bar."
+    "Gain of every arm over one, set by set: every pre-training seed a point, their mean a bar. Raises `StudyError`."
+    if reference not in means: raise StudyError(f"no arm {reference!r}; there are {', '.join(means) or 'none'}")
     from aasp_nb.figures import new_figure
     sets = list(dict.fromkeys(d for a in means.values() for d in a))
     arms = [a for a in means if a != reference]

@@ -24,9 +24,10 @@ class Checker:
         within: float = 0.0, # accepted distance from the right number
         hint: str = "", # said after `patience` misses
     ) -> bool: # whether it is right
-        "Say whether an answer is right. A NaN, a text or an error inside `right` is a miss."
+        "Say whether an answer is right. A NaN, a text, an array or an error inside `right` is a miss."
         if answer is None or answer is ...: return self._tell(name, "not yet", False)
-        ok, off = self._by_function(answer, right) if callable(right) else self._by_number(answer, right, within)
+        try: ok, off = (bool(right(answer)), "") if callable(right) else self._by_number(answer, right, within)
+        except Exception as e: ok, off = False, f"checking it ended with {type(e).__name__}: {e}"
         if ok: return self._tell(name, "right!", True)
         self.misses[name] = self.misses.get(name, 0) + 1
         told = "; ".join(t for t in (off, hint) if t) if self.misses[name] >= self.patience else ""
@@ -34,13 +35,9 @@ class Checker:
 
     def _tell(self, name, text, ok): self.say(f"{name}: {text}"); return ok
 
-    def _by_function(self, answer, right):
-        try: return bool(right(answer)), ""
-        except Exception as e: return False, f"checking it ended with {type(e).__name__}: {e}"
-
     def _by_number(self, answer, right, within):
         if getattr(answer, "ndim", None) == 0 and hasattr(answer, "item"): answer = answer.item()           # a tensor with one number
         if isinstance(answer, bool) or not isinstance(answer, numbers.Real):
             return False, f"a number is asked for, not {type(answer).__name__}"
         if math.isnan(answer): return False, "it is not a number (NaN)"
-        return abs(answer - right) <= within, "it is too large" if answer > right else "it is too small"
+        return answer == right or abs(answer - right) <= within, "it is too large" if answer > right else "it is too small"
