@@ -16,7 +16,7 @@ import pytest
 import aasp_nb
 from aasp_nb.patch_embed import AaPE
 from aasp_nb.config import AaSPConfig, build_encoder
-from aasp_nb.encoders import load_encoder, save_encoder
+from aasp_nb.encoders import checkpoint_path, load_encoder, save_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -181,7 +181,7 @@ def test_figure_4_refuses_a_run_that_estimates_nothing(kind, fields, tmp_path):
     nb = nbformat.read(ROOT / "nbs" / "runs" / "figures.ipynb", 4)
     cell = next(c.source for c in nb.cells if "Figure 4 needs a run" in c.source)
     head = cell[:cell.index("untrained =")]
-    scope = dict(checkpoint=str(tmp_path / "run"), Path=Path, load_encoder=load_encoder, AaPE=AaPE, aasp_nb=aasp_nb)
+    scope = dict(checkpoint=str(tmp_path / "run"), Path=Path, load_encoder=load_encoder, checkpoint_path=checkpoint_path, AaPE=AaPE, aasp_nb=aasp_nb)
     with pytest.raises(ValueError, match=f"{kind} patch embedding"): exec(head, scope)
 
 
