@@ -286,6 +286,7 @@ def seed_gains(
     full = lambda a: set.intersection(*(set(means[a].get(d, {})) for d in sets))
     return {s: float(np.mean([means[arm][d][s] - means[reference][d][s] for d in sets])) for s in sorted(full(arm) & full(reference))}
 
+# %% ../nbs/exhibits/15a_study.ipynb #3cd9af9f
 def means_table(
     means: dict, # of `seed_means`
     reference: str = "standard", # arm that the last two columns compare with

@@ -180,7 +180,7 @@ def test_figure_4_refuses_a_run_that_estimates_nothing(kind, fields, tmp_path):
     save_encoder(build_encoder(config), config, tmp_path / "run")
     nb = nbformat.read(ROOT / "nbs" / "runs" / "figures.ipynb", 4)
     cell = next(c.source for c in nb.cells if "Figure 4 needs a run" in c.source)
-    head = cell[:cell.index("untrained =")]
+    head = cell[:cell.index("embed4, origin =")]
     scope = dict(checkpoint=str(tmp_path / "run"), Path=Path, load_encoder=load_encoder, checkpoint_path=checkpoint_path, AaPE=AaPE, aasp_nb=aasp_nb)
     with pytest.raises(ValueError, match=f"{kind} patch embedding"): exec(head, scope)
 
